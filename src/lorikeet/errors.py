@@ -1,0 +1,136 @@
+"""One hierarchy of errors: a code, an HTTP status, a hint, and whether trying again can help."""
+
+from __future__ import annotations
+
+from lorikeet.types import ErrorInfo
+
+
+class LorikeetError(Exception):
+    """Base of every error a user can meet.
+
+    `code` is stable and machine-readable, `param` names the field at fault, `hint` says what to do next.
+    """
+
+    code = "internal_error"
+    status = 500
+    retryable = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.param = param
+        self.retry_after = retry_after
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+    def info(self) -> ErrorInfo:
+        return ErrorInfo(
+            code=self.code,
+            message=self.message,
+            status=self.status,
+            hint=self.hint,
+            retryable=self.retryable,
+            retry_after=self.retry_after,
+            param=self.param,
+        )
+
+    @staticmethod
+    def from_info(info: ErrorInfo) -> LorikeetError:
+        error = LorikeetError(
+            info.message, hint=info.hint, param=info.param, code=info.code, retry_after=info.retry_after
+        )
+        error.status = info.status
+        error.retryable = info.retryable
+        return error
+
+
+class ConfigError(LorikeetError):
+    """A recipe, flag or setting that cannot be used."""
+
+    code = "invalid_config"
+    status = 400
+
+
+class DataError(LorikeetError):
+    """Rows that cannot be read, cannot teach, or contradict the recipe."""
+
+    code = "invalid_data"
+    status = 422
+
+
+class InvalidRequestError(LorikeetError):
+    """A request whose values make no sense (too long, negative, contradictory)."""
+
+    code = "invalid_request"
+    status = 400
+
+
+class UnsupportedFieldError(LorikeetError):
+    """An unknown field, or a known one whose value is not supported. `param` names it."""
+
+    code = "unsupported_field"
+    status = 422
+
+
+class NotFoundError(LorikeetError):
+    """An unknown model or adapter."""
+
+    code = "model_not_found"
+    status = 404
+
+
+class AdapterError(LorikeetError):
+    """An adapter that cannot be served on this base: the file, the tensor, expected and found."""
+
+    code = "invalid_adapter"
+    status = 422
+
+
+class LockMismatchError(LorikeetError):
+    """The adapter was trained for another base, tokenizer or stop ids than the one served."""
+
+    code = "lock_mismatch"
+    status = 409
+
+
+class ModelError(LorikeetError):
+    """A base checkpoint that cannot be loaded: unsupported field, missing or misshapen tensor."""
+
+    code = "invalid_model"
+    status = 422
+
+
+class OverloadedError(LorikeetError):
+    """The queue is full."""
+
+    code = "overloaded"
+    status = 429
+    retryable = True
+
+
+class UnavailableError(LorikeetError):
+    """The engine is restarting or draining."""
+
+    code = "unavailable"
+    status = 503
+    retryable = True
+
+
+class DeadlineError(LorikeetError):
+    """The request's own deadline passed."""
+
+    code = "deadline_exceeded"
+    status = 504
+    retryable = True
