@@ -1,0 +1,1 @@
+"""Kernels: `reference` is their meaning in plain torch, `cpu` and `gpu` the same names for one kind of device."""

@@ -1,0 +1,75 @@
+"""The tensors of one forward pass: a flat batch of rows, its adapter segments, the paged cache, the adapter slab.
+
+A training batch and a decode batch differ only in which fields are absent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Segments:
+    """Which rows belong to which adapter: a permutation beside the batch, shared by all layers.
+
+    Rows `rows[start[i]:start[i + 1]]` use the adapter with handle `adapter[i]`. An adapter stands in one segment,
+    rows of the base in none. `contiguous` says that every segment's rows are consecutive and ascending, so that
+    kernels may slice instead of gather.
+    """
+
+    rows: Tensor  # [N] int64
+    start: list[int]  # S + 1
+    adapter: list[int]  # S
+    contiguous: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of T tokens from B sequences, without padding."""
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, position of each token in its own sequence
+    query_start: Tensor  # [B + 1] int32, sequence b owns tokens query_start[b]:query_start[b + 1]
+    kv_len: Tensor  # [B] int32, keys that the last token of sequence b may see
+    max_query: int  # longest query of the batch, 1 for a pure decode step
+    max_kv: int
+    block_table: Tensor | None = None  # [B, blocks] int32; absent in training
+    cache_slot: Tensor | None = None  # [T] int64, block * block_size + offset; absent in training
+    token_segments: Segments | None = None  # None: no row has an adapter
+    logit_rows: Tensor | None = None  # [L] int64; None: every row
+    logit_segments: Segments | None = None
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """Keys and values of one layer: [blocks, block_size, kv_heads, head_dim] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(slots=True)
+class Slab:
+    """All resident adapters at their true rank in one flat buffer.
+
+    `table[handle, site] = (offset A, offset B, row stride A, row stride B, rank)` in elements of `data`, rank 0
+    where the adapter has no entry; A is [r, d_in], B is [r, d_out]. `scale[handle, site]` is the entry's scalar s.
+    """
+
+    data: Tensor  # [elements] bf16 or fp32
+    table: Tensor  # [handles, sites, 5] int64, on the CPU side as well as where kernels run
+    scale: Tensor  # [handles, sites] fp32
+
+    def pair(self, handle: int, site: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor, float] | None:
+        """Views of (A [r, d_in], B [r, d_out]) and the scale of one entry, or None where there is none."""
+        a, b, stride_a, stride_b, rank = self.table[handle, site].tolist()
+        if rank == 0:
+            return None
+        return (
+            torch.as_strided(self.data, (rank, d_in), (stride_a, 1), a),
+            torch.as_strided(self.data, (rank, d_out), (stride_b, 1), b),
+            float(self.scale[handle, site]),
+        )

@@ -1,0 +1,112 @@
+"""The meaning of every kernel, in plain torch. Slow where it must be, differentiable, the oracle of the others."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
+from lorikeet.kernels.weight import Weight
+from lorikeet.types import SiteGroup
+
+
+class ReferenceOps:
+    """The set of kernels that `model.decoder` is given. Works in any float dtype, fp64 included."""
+
+    inplace = True  # lowrank_add may write into y; the differentiable twins set this to False
+
+    def linear(self, weight: Weight, x: Tensor) -> Tensor:
+        """x [T, d_in] -> [T, d_out]."""
+        return weight.linear(x)
+
+    def logits(self, weight: Weight, x: Tensor) -> Tensor:
+        """x [L, hidden] -> unrounded logits [L, vocabulary], fp32 (fp64 stays fp64)."""
+        if x.dtype == torch.float64:
+            return weight.linear(x)
+        return F.linear(x.float(), weight.dequantised().float())
+
+    def lowrank_add(self, y: Tensor, x: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:
+        """y + s B A x for the rows of each segment; y [T, group.d_out], x [T, d_in]. One rounding at the end."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        for i, handle in enumerate(segments.adapter):
+            rows = segments.rows[segments.start[i] : segments.start[i + 1]]
+            x_rows = x[rows].to(wide)
+            for site, offset in zip(group.sites, group.offsets, strict=True):
+                entry = slab.pair(handle, site.index, site.d_in, site.d_out)
+                if entry is None:
+                    continue
+                a, b, scale = entry
+                delta = (x_rows @ a.to(wide).T) @ b.to(wide) * scale
+                columns = slice(offset, offset + site.d_out)
+                y[rows, columns] = (y[rows, columns].to(wide) + delta).to(y.dtype)
+        return y
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        """tokens [T] -> [T, hidden]."""
+        return F.embedding(tokens, table)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(normed, x + residual): the residual stream is summed first, both [T, hidden]. Statistics in fp32."""
+        if residual is not None:
+            x = x + residual
+        return self.rms_norm(x, weight, eps), x
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm over the last dimension (any leading shape)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return (normed * weight.to(wide.dtype)).to(x.dtype)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate halves: x [T, heads, head_dim], cos and sin [T, head_dim / 2] (fp32; fp64 with an fp64 x)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        first, second = wide.chunk(2, dim=-1)
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 m] -> silu(gate) * up [T, m]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
+    ) -> Tensor:
+        """Causal attention within each sequence.
+
+        q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads * head_dim]. With a cache the new keys
+        and values are written first, then each sequence reads its own blocks up to `kv_len` and nothing beyond.
+        `window`: a token sees itself and the `window - 1` tokens before it.
+        """
+        if cache is not None:
+            assert batch.cache_slot is not None and batch.block_table is not None
+            cache.k.view(-1, *k.shape[1:])[batch.cache_slot] = k
+            cache.v.view(-1, *v.shape[1:])[batch.cache_slot] = v
+        bounds, lengths = batch.query_start.tolist(), batch.kv_len.tolist()
+        outputs = []
+        for b, length in enumerate(lengths):
+            rows = slice(bounds[b], bounds[b + 1])
+            if cache is None:
+                keys, values = k[rows], v[rows]
+            else:
+                assert batch.block_table is not None
+                blocks = batch.block_table[b, : -(-length // cache.k.shape[1])].long()
+                keys = cache.k[blocks].flatten(0, 1)[:length]
+                values = cache.v[blocks].flatten(0, 1)[:length]
+            outputs.append(_attend(q[rows], keys, values, window))
+        return torch.cat(outputs)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """One sequence: q [Q, heads, D] are the last Q of the K positions in k, v [K, kv_heads, D] -> [Q, heads * D]."""
+    queries, keys = q.shape[0], k.shape[0]
+    at = torch.arange(keys - queries, keys, device=q.device).unsqueeze(1)
+    seen = torch.arange(keys, device=q.device).unsqueeze(0)
+    mask = seen <= at
+    if window is not None:
+        mask &= seen > at - window
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out = F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask)
+    return out.transpose(0, 1).flatten(1)
