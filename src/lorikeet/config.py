@@ -1,0 +1,260 @@
+"""Recipes and settings: frozen, keyword-only, composed. Environment variables only for secrets and paths.
+
+Recipes are read strictly: an unknown field, a wrong type or an impossible value is a `ConfigError` that names the
+field by its path, what was found and what is expected.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from lorikeet.errors import ConfigError
+
+Positive = Annotated[int, Meta(ge=1)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+AdapterName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every recipe part."""
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class EarlyStopping(Strict):
+    metric: Literal["loss"] = "loss"
+    patience: Positive = 3
+
+
+class TrainData(Strict):
+    """`validation` is a path, or the share of the training rows held out by the adapter's seed."""
+
+    train: str
+    test: str | None = None  # read by the audit alone: duplicates across train and test
+    validation: str | float = 0.0
+
+
+class Message(Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class AdapterSettings(Strict):
+    """What `defaults` may set and each adapter may override; None is "as in defaults"."""
+
+    epochs: Annotated[float, Meta(gt=0)] | None = None
+    seed: int | None = None
+    rank: Positive | None = None
+    alpha: Annotated[float, Meta(gt=0)] | None = None
+    rslora: bool | None = None
+    targets: Literal["all-linear"] | list[Literal["q", "k", "v", "o", "gate", "up", "down"]] | None = None
+    kind: Literal["lora"] | None = None
+    learning_rate: Annotated[float, Meta(gt=0)] | None = None
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    warmup: Fraction | None = None  # share of the adapter's optimizer steps
+    batch_rows: Positive | None = None  # rows of one optimizer step
+    weight_decay: NonNegative | None = None
+    clip: NonNegative | None = None  # 0 is off
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] | None = None
+    max_length: int | str | None = None  # "longest", a number, or a percentile such as "p95"
+    too_long: Literal["error", "drop", "truncate_prompt"] | None = None
+    unteachable: Literal["error", "drop"] | None = None  # rows with no token to learn from
+    early_stopping: EarlyStopping | None = None
+
+
+DEFAULTS = AdapterSettings(
+    epochs=3,
+    seed=0,
+    rank=16,
+    alpha=32,
+    rslora=False,
+    targets="all-linear",
+    kind="lora",
+    learning_rate=5e-4,
+    schedule="cosine",
+    warmup=0.03,
+    batch_rows=16,
+    weight_decay=0.0,
+    clip=1.0,
+    dropout=0.0,
+    max_length="longest",
+    too_long="error",
+    unteachable="error",
+)
+
+
+class AdapterRecipe(AdapterSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One adapter: its data, and a prompt with a completion, or chat messages."""
+
+    name: AdapterName
+    data: TrainData
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[Message] | None = None
+
+
+class TrainRecipe(Strict):
+    version: Literal[1]
+    base: str
+    output: str
+    adapters: Annotated[list[AdapterRecipe], Meta(min_length=1)]
+    defaults: AdapterSettings = AdapterSettings()
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    step_tokens: Positive = 8192  # tokens of one shared forward pass; more is accumulated, with the same result
+
+
+def resolve_adapters(recipe: TrainRecipe) -> list[AdapterRecipe]:
+    """The adapters with every setting filled in: their own, else the recipe's defaults, else `DEFAULTS`."""
+    names = [adapter.name for adapter in recipe.adapters]
+    resolved = []
+    for i, adapter in enumerate(recipe.adapters):
+        where = f"$.adapters[{i}]"
+        if names.index(adapter.name) != i:
+            raise ConfigError(f"{where}.name: {adapter.name!r} is used twice; names must differ", param=f"{where}.name")
+        if (adapter.messages is None) == (adapter.prompt is None):
+            raise ConfigError(
+                f"{where}: expected either `prompt` with `completion`, or `messages`, found "
+                + ("both" if adapter.messages is not None else "neither"),
+                param=where,
+            )
+        if adapter.prompt is not None and adapter.completion is None:
+            raise ConfigError(f"{where}.completion: missing beside `prompt`", param=f"{where}.completion")
+        settings: dict[str, Any] = {}
+        for field in AdapterSettings.__struct_fields__:
+            own, shared = getattr(adapter, field), getattr(recipe.defaults, field)
+            settings[field] = own if own is not None else shared if shared is not None else getattr(DEFAULTS, field)
+        _check_max_length(settings["max_length"], f"{where}.max_length")
+        resolved.append(msgspec.structs.replace(adapter, **settings))
+    return resolved
+
+
+def _check_max_length(value: int | str, where: str) -> None:
+    if isinstance(value, int):
+        fine = value >= 2
+    else:
+        match = re.fullmatch(r"p(\d+(?:\.\d+)?)", value)
+        fine = value == "longest" or (match is not None and 0 < float(match[1]) <= 100)
+    if not fine:
+        raise ConfigError(f"{where}: found {value!r}; expected 'longest', a number of tokens, or 'p95'", param=where)
+
+
+# --- judging ------------------------------------------------------------------------------------------------------
+
+
+class EvalData(Strict):
+    test: str
+    train: str | None = None  # for the baseline, and for `choices: from-data` when the test labels do not cover all
+    limit: Positive | None = None  # the first N rows after a shuffle by the recipe's seed
+
+
+class EvalTask(Strict):
+    name: str
+    data: EvalData
+    metric: str  # accuracy | macro_f1 | rouge_l | json_exact | json_field_f1 | regex | python:module.function
+    reference: str | list[str]
+    adapter: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    choices: Literal["from-data"] | list[str] | None = None
+    max_tokens: Positive = 16
+    stop: list[str] = []
+    baseline: Literal["tfidf"] | None = None
+    input: str | None = None  # the column the baseline reads; default: the prompt as rendered
+
+
+class EvalRecipe(Strict):
+    version: Literal[1]
+    tasks: Annotated[list[EvalTask], Meta(min_length=1)]
+    base: str | None = None  # for the offline engine; a running server has its own
+    adapters: str | None = None  # folder of adapters for the offline engine
+    output: str | None = None  # results file
+    seed: int = 0
+    bootstrap: Positive = 2000
+
+
+# --- serving ------------------------------------------------------------------------------------------------------
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine process needs. Sizes in bytes; None is "chosen from the machine"."""
+
+    model: str = "lorikeet-nano"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 only where the device has it natively
+    adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as dtype
+    adapter_memory: int | None = None
+    adapter_host_memory: int | None = None  # refused on CPU: there is no second tier of memory
+    adapter_disk: int | None = None
+    kv_memory: int | None = None
+    block_size: int = 16
+    max_seqs: int = 64
+    max_context: int | None = None  # None: the model's
+    step_tokens: int = 1024
+    queue: int = 1024
+    prefix_cache: bool = True
+    allow_lock_mismatch: bool = False
+    threads: int | None = None
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`lorikeet serve`: the engine and the HTTP process in front of it."""
+
+    engine: EngineConfig = EngineConfig()
+    adapters: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    drain_seconds: float = 30.0
+    api_key: str | None = None
+    max_body: int = 16 * 2**20
+    served_name: str | None = None  # the base's name in `model`; default: its own
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+Recipe = TypeVar("Recipe", bound=msgspec.Struct)
+
+
+def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
+    """Read a YAML recipe strictly. Raises `ConfigError` naming file, field, found and expected."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist", param="recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}", param="recipe") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(raw).__name__}", param="recipe")
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}", hint=_fields_hint(str(error), kind), param="recipe") from None
+
+
+def _fields_hint(message: str, kind: type[msgspec.Struct]) -> str | None:
+    """Known fields, when the message is about an unknown one at the top level."""
+    if "unknown field" in message and " - at `$" not in message:
+        return "known fields: " + ", ".join(kind.__struct_fields__)
+    return None
+
+
+def parse_size(text: str | int, param: str = "size") -> int:
+    """`2GiB`, `512MiB`, `1e9`, `1000000` -> bytes."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"{param}: found {text!r}; expected bytes or a size such as 512MiB or 2GiB", param=param)
+    size = float(match[1]) * _UNITS[match[2]]
+    if not math.isfinite(size) or size < 1:
+        raise ConfigError(f"{param}: found {text!r}; expected a size above zero", param=param)
+    return int(size)
