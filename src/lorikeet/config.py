@@ -31,12 +31,12 @@ class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-class EarlyStopping(Strict):
+class EarlyStopping(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metric: Literal["loss"] = "loss"
     patience: Positive = 3
 
 
-class TrainData(Strict):
+class TrainData(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`validation` is a path, or the share of the training rows held out by the adapter's seed."""
 
     train: str
@@ -44,12 +44,12 @@ class TrainData(Strict):
     validation: str | float = 0.0
 
 
-class Message(Strict):
+class Message(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class AdapterSettings(Strict):
+class AdapterSettings(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `defaults` may set and each adapter may override; None is "as in defaults"."""
 
     epochs: Annotated[float, Meta(gt=0)] | None = None
@@ -103,7 +103,7 @@ class AdapterRecipe(AdapterSettings, frozen=True, kw_only=True, forbid_unknown_f
     messages: list[Message] | None = None
 
 
-class TrainRecipe(Strict):
+class TrainRecipe(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     version: Literal[1]
     base: str
     output: str
@@ -151,13 +151,13 @@ def _check_max_length(value: int | str, where: str) -> None:
 # --- judging ------------------------------------------------------------------------------------------------------
 
 
-class EvalData(Strict):
+class EvalData(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     test: str
     train: str | None = None  # for the baseline, and for `choices: from-data` when the test labels do not cover all
     limit: Positive | None = None  # the first N rows after a shuffle by the recipe's seed
 
 
-class EvalTask(Strict):
+class EvalTask(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     data: EvalData
     metric: str  # accuracy | macro_f1 | rouge_l | json_exact | json_field_f1 | regex | python:module.function
@@ -172,7 +172,7 @@ class EvalTask(Strict):
     input: str | None = None  # the column the baseline reads; default: the prompt as rendered
 
 
-class EvalRecipe(Strict):
+class EvalRecipe(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     version: Literal[1]
     tasks: Annotated[list[EvalTask], Meta(min_length=1)]
     base: str | None = None  # for the offline engine; a running server has its own
