@@ -120,8 +120,11 @@ def test_walls(path: Path) -> None:
         name = inner(target)
         fine = name in GROUND or room_of(target) == room or any(name == a or name.startswith(a + ".") for a in allowed)
         # `from lorikeet.engine import link` names the package too: the package's own __init__ holds no code
-        fine = fine or (is_module(target) and (SRC / target.replace(".", "/") / "__init__.py").exists()
-                        and any(a.startswith(name + ".") for a in allowed | GROUND))
+        fine = fine or (
+            is_module(target)
+            and (SRC / target.replace(".", "/") / "__init__.py").exists()
+            and any(a.startswith(name + ".") for a in allowed | GROUND)
+        )
         assert fine, f"{module} ({room}) imports {target}"
 
 
@@ -162,7 +165,9 @@ def test_no_torch(module: str) -> None:
 def test_importing_lorikeet_is_light() -> None:
     """The bar is 0.3 s; what takes long are libraries, so the test names the ones that must stay out."""
     code = "import sys, lorikeet; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert not loaded & {"torch", "numpy", "numba", "fastapi", "pydantic", "transformers", "tokenizers", "yaml", "zmq"}
 
 

@@ -42,6 +42,7 @@ class TrainData(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     train: str
     test: str | None = None  # read by the audit alone: duplicates across train and test
     validation: str | float = 0.0
+    convert: Literal["bio"] | None = None  # `tokens` and BIO `tags` -> `text` and `entities`
 
 
 class Message(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,7 +155,9 @@ def _check_max_length(value: int | str, where: str) -> None:
 class EvalData(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     test: str
     train: str | None = None  # for the baseline, and for `choices: from-data` when the test labels do not cover all
-    limit: Positive | None = None  # the first N rows after a shuffle by the recipe's seed
+    limit: Positive | None = None  # a sample of N items, drawn by the recipe's seed
+    group_by: str | None = None  # rows equal in this column are one item with several references
+    convert: Literal["bio"] | None = None  # `tokens` and BIO `tags` -> `text` and `entities`
 
 
 class EvalTask(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
