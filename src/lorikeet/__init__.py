@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorikeet.client import AsyncClient, Client
     from lorikeet.engine.llm import LLM
     from lorikeet.types import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncClient", "Client", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "lorikeet.engine.llm", "SamplingParams": "lorikeet.types"}
+_HOMES = {
+    "LLM": "lorikeet.engine.llm",
+    "AsyncClient": "lorikeet.client",
+    "Client": "lorikeet.client",
+    "SamplingParams": "lorikeet.types",
+}
 
 
 def __getattr__(name: str) -> Any:
