@@ -29,6 +29,8 @@ ROOMS: dict[str, set[str]] = {
     "server": {"engine.link", "registry", "evals.leaderboard", "model.tokenizer", "model.sources", "adapters.files"},
     "cli": {"*"},
     "demo": {"*"},
+    "judge": {"*"},
+    "__main__": {"*"},
 }
 # library -> the only files or folders that may import it
 HOMES: dict[str, set[str]] = {

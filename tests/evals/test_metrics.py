@@ -13,7 +13,9 @@ from lorikeet.evals import metrics
 
 LABELS = ["card_arrival", "lost", "top up", "refund"]
 labels = st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, "nonsense", ""])), min_size=1)
-words = st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat", "near", "12", "dogs"]), min_size=1, max_size=12)
+words = st.lists(
+    st.sampled_from(["the", "cat", "sat", "on", "a", "mat", "near", "12", "dogs"]), min_size=1, max_size=12
+)
 
 
 @given(labels)

@@ -1,0 +1,3 @@
+from lorikeet.cli import main
+
+main()

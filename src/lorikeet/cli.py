@@ -1,0 +1,193 @@
+"""`lorikeet`: one program. Every command imports what it needs when it runs, so `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorikeet import __version__
+from lorikeet.errors import LorikeetError
+
+app = typer.Typer(
+    name="lorikeet",
+    help="Train many small adapters together on one base model, serve them mixed in one batch, judge each against "
+    "the base.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lorikeet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "lorikeet serve --adapters runs/demo\n\n"
+    "lorikeet serve --model ./Qwen2.5-0.5B --adapters ./adapters --port 8080 --kv-memory 2GiB\n\n"
+    "curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' "
+    '-d \'{"model": "intent", "prompt": "..."}\''
+)
+def serve(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of the base; without it the embedded base.")
+    ] = "lorikeet-nano",
+    adapters: Annotated[
+        str | None, typer.Option(help="Serve every PEFT folder below this one, new ones without a restart.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto | float32 | bfloat16; auto is bf16 where the device has it natively.")
+    ] = "auto",
+    adapter_dtype: Annotated[str, typer.Option(help="auto (as --dtype) | float32 | bfloat16")] = "auto",
+    adapter_memory: Annotated[str | None, typer.Option(help="Budget of resident adapters, such as 512MiB.")] = None,
+    adapter_host_memory: Annotated[
+        str | None, typer.Option(help="Budget of pinned host copies; only with a GPU.")
+    ] = None,
+    adapter_disk: Annotated[str | None, typer.Option(help="Budget of compiled adapters on disk.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="Budget of keys and values, such as 2GiB.")] = None,
+    max_seqs: Annotated[int, typer.Option(help="Sequences that run at once.", min=1)] = 64,
+    max_context: Annotated[int | None, typer.Option(help="Longest prompt + answer; default: the model's.")] = None,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of one step; long prompts run in chunks.", min=16)] = 1024,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more get a 429.", min=1)] = 1024,
+    drain_seconds: Annotated[float, typer.Option(help="After SIGTERM, how long running requests may take.")] = 30.0,
+    allow_lock_mismatch: Annotated[
+        bool, typer.Option("--allow-lock-mismatch", help="Serve adapters made for another base or tokenizer.")
+    ] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORIKEET_API_KEY", help="Key that every request must carry.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
+) -> None:
+    """Serve one base and all its adapters over HTTP (OpenAI and LoRAX protocols)."""
+    from lorikeet.config import EngineConfig, ServeConfig, parse_size
+    from lorikeet.server.serve import run_serve
+
+    def size(text: str | None, flag: str) -> int | None:
+        return None if text is None else parse_size(text, flag)
+
+    engine = EngineConfig(
+        model=model,
+        device=_one_of(device, "--device", "auto", "cpu", "cuda"),
+        dtype=_one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
+        adapter_dtype=_one_of(adapter_dtype, "--adapter-dtype", "auto", "float32", "bfloat16"),
+        adapter_memory=size(adapter_memory, "--adapter-memory"),
+        adapter_host_memory=size(adapter_host_memory, "--adapter-host-memory"),
+        adapter_disk=size(adapter_disk, "--adapter-disk"),
+        kv_memory=size(kv_memory, "--kv-memory"),
+        max_seqs=max_seqs,
+        max_context=max_context,
+        step_tokens=step_tokens,
+        queue=queue,
+        allow_lock_mismatch=allow_lock_mismatch,
+        threads=threads,
+    )
+    run_serve(
+        ServeConfig(
+            engine=engine, adapters=adapters, host=host, port=port, drain_seconds=drain_seconds, api_key=api_key
+        )
+    )
+
+
+def _one_of(value: str, flag: str, *allowed: str) -> Any:
+    if value not in allowed:
+        raise typer.BadParameter(f"found {value!r}; expected {' | '.join(allowed)}", param_hint=flag)
+    return value
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\nlorikeet train recipes/real.yaml\n\n"
+    "lorikeet train recipes/real.yaml --dry-run     audit the data, train nothing\n\n"
+    "lorikeet train recipes/real.yaml --resume      go on from the last checkpoints"
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A train.yaml.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in the output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the audit of the data and stop.")] = False,
+) -> None:
+    """Train the adapters of a recipe together, in shared forward passes over one copy of the base."""
+    from lorikeet.train.trainer import run_train
+
+    run_train(recipe, resume=resume, dry_run=dry_run)
+
+
+@app.command(
+    name="eval",
+    epilog="[bold]Examples[/]\n\nlorikeet eval recipes/real-eval.yaml --url http://127.0.0.1:8000\n\n"
+    "lorikeet eval recipes/real-eval.yaml --adapters runs/real     offline, no server",
+)
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(help="An eval.yaml.")],
+    url: Annotated[str | None, typer.Option(help="A running server; without it the offline engine.")] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of the adapters (offline), and of summary.json.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Results file (JSON).")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 32,
+    api_key: Annotated[str | None, typer.Option(envvar="LORIKEET_API_KEY", help="Key of the server.")] = None,
+) -> None:
+    """Judge adapters against the base and a classical baseline, all tasks in one mixed load."""
+    from lorikeet.judge import run_eval
+
+    run_eval(recipe, url=url, adapters=adapters, output=output, concurrency=concurrency, api_key=api_key)
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\nlorikeet demo            train, serve, judge, stay up\n\n"
+    "lorikeet demo --once     the same, then stop"
+)
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Stop after the table instead of serving on.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the server.", min=1, max=65535)] = 8000,
+) -> None:
+    """The main job on the embedded base: train seven adapters together, serve them, judge them."""
+    from lorikeet.demo import run_demo
+
+    run_demo(once=once, port=port)
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\nlorikeet pretrain recipes/nano.yaml --resume\n\n"
+    "lorikeet pretrain recipes/nano.yaml --export build/nano"
+)
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="A pretraining recipe.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write the last checkpoint as a model folder and stop.")] = None,
+) -> None:
+    """Train a small base model from text."""
+    from lorikeet.train.pretrain import run_pretrain
+
+    run_pretrain(recipe, resume=resume, export=export)
+
+
+def main() -> None:
+    """Entry point: what a user did wrong is a message and exit code 2, never a traceback."""
+    try:
+        app()
+    except LorikeetError as error:
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        console.print(f"[bold red]error[/] ({error.code})", error.message, markup=True, highlight=False, soft_wrap=True)
+        if error.hint:
+            console.print("[bold]hint[/]", error.hint, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
