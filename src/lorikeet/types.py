@@ -119,17 +119,24 @@ class ScheduledSequence:
     start: int
     count: int
     samples: bool  # the last of these tokens yields the next token
+    score_start: int = 0  # positions score_start:score_stop are among these tokens, and each one's next token
+    score_stop: int = 0  # (a token of the prompt) gets its logprob
 
 
 @dataclass(slots=True)
 class AdapterCopy:
-    """Bring the compiled adapter `digest` into the slab under `handle` at byte `offset`."""
+    """Bring the compiled adapter `digest` into the slab under `handle` at byte `offset`.
+
+    Of its `nbytes` this step copies `count`, from byte `start` on; the adapter is usable when all are there.
+    """
 
     digest: str
     path: str
     handle: int
     offset: int
     nbytes: int
+    start: int
+    count: int
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,3 +148,45 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_rank: int
     sites: int
     kind: str = "lora"
+
+
+class BaseIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """What a base model is, by content; an adapter's lock file is compared with it."""
+
+    name: str
+    sha256: str  # over the tensors and the spec
+    tokenizer_sha256: str
+    stop_ids: tuple[int, ...]  # ascending
+
+
+class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
+    """`last_used` in seconds since the epoch, 0 is never; `running` sequences use it now."""
+
+    digest: str
+    resident: bool
+    bytes: int
+    hits: int
+    last_used: float
+    max_rank: int
+    running: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since the start and gauges of now. Sizes in bytes, `blocks_*` in blocks of the key-value cache."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int  # those that are cached among them
+    blocks_cached: int
+    block_size: int
+    kv_bytes: int
+    slab_used: int
+    slab_total: int
+    prefix_hit_tokens: int
+    preemptions: int
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    finished: int
+    adapters: list[AdapterStats] = []

@@ -1,0 +1,168 @@
+"""A base model's tensors: safetensors on disk -> `DecoderWeights` in memory, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorikeet.errors import ModelError
+from lorikeet.kernels.weight import DenseWeight, Weight
+from lorikeet.model.decoder import DecoderWeights, LayerWeights
+from lorikeet.model.families import load_spec
+from lorikeet.model.names import EMBED, FINAL_NORM, HEAD, MODULES, NORMS, checkpoint_shapes, layer_module
+from lorikeet.model.sources import checkpoint_files
+from lorikeet.model.spec import ModelSpec
+
+__all__ = ["MakeWeight", "load", "load_spec", "named_tensors", "rope_tables"]
+
+MakeWeight = Callable[[Tensor, Tensor | None], Weight]
+_DTYPES = ("F32", "BF16", "F16", "F64")
+
+
+def load(
+    folder: Path, dtype: torch.dtype, make_weight: MakeWeight = DenseWeight, device: torch.device | str = "cpu"
+) -> tuple[ModelSpec, DecoderWeights]:
+    """The checkpoint in `folder`, every tensor in `dtype` on `device`.
+
+    q/k/v and gate/up are joined into one `Weight` each while they are read, so that no weight is held twice; a tied
+    head is the embedding itself. Raises ModelError naming what is missing, misshapen, unexpected or unreadable.
+    """
+    spec = load_spec(folder)
+    with torch.no_grad():
+        source = _Checkpoint(folder, spec, dtype, torch.device(device))
+        embed = source.tensor(f"{EMBED}.weight")
+        layers = [_load_layer(source, spec, layer, make_weight) for layer in range(spec.num_layers)]
+        head = embed if spec.tie_embeddings else source.tensor(f"{HEAD}.weight")
+        cos, sin = rope_tables(spec, dtype, device)
+        norm = source.tensor(f"{FINAL_NORM}.weight")
+        return spec, DecoderWeights(embed, layers, norm, make_weight(head, None), cos, sin)
+
+
+def rope_tables(
+    spec: ModelSpec, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [max_context, head_dim / 2], fp32 (fp64 for fp64 weights).
+
+    Angles are computed in fp32, as the models were trained. The `llama3` scaling keeps short wavelengths, divides
+    long ones by `factor`, and interpolates between (Llama 3.1, `low_freq_factor`, `high_freq_factor`).
+    """
+    inverse = 1.0 / spec.rope_theta ** (torch.arange(0, spec.head_dim, 2).float() / spec.head_dim)
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        inverse = inverse / scaling.factor
+    elif scaling is not None and scaling.kind == "llama3":
+        turns = scaling.original_max_position * inverse / (2 * math.pi)  # rotations within the original context
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = keep.clamp(0.0, 1.0)
+        inverse = (1 - keep) * inverse / scaling.factor + keep * inverse
+    elif scaling is not None:
+        raise ModelError(f"rope scaling {scaling.kind!r} is not computed, expected linear or llama3")
+    angles = torch.outer(torch.arange(spec.max_context).float(), inverse)
+    wide = torch.promote_types(dtype, torch.float32)
+    return angles.cos().to(device, wide), angles.sin().to(device, wide)
+
+
+def named_tensors(spec: ModelSpec, weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its published name, for writing a checkpoint: views where the weight is held plainly."""
+    yield f"{EMBED}.weight", weights.embed
+    for i, layer in enumerate(weights.layers):
+        for norm, name in NORMS.items():
+            tensor = getattr(layer, norm)
+            if tensor is not None:
+                yield f"{layer_module(i, name)}.weight", tensor
+        for product, group in spec.groups[i].items():
+            weight: Weight = getattr(layer, product)
+            plain, bias = weight.dequantised(), weight.bias
+            for site, offset in zip(group.sites, group.offsets, strict=True):
+                module = layer_module(i, MODULES[site.role])
+                yield f"{module}.weight", plain[offset : offset + site.d_out]
+                if bias is not None:
+                    yield f"{module}.bias", bias[offset : offset + site.d_out]
+    yield f"{FINAL_NORM}.weight", weights.norm
+    if not spec.tie_embeddings:
+        yield f"{HEAD}.weight", weights.head.dequantised()
+
+
+def _load_layer(source: _Checkpoint, spec: ModelSpec, layer: int, make_weight: MakeWeight) -> LayerWeights:
+    def norm(name: str) -> Tensor:
+        return source.tensor(f"{layer_module(layer, NORMS[name])}.weight")
+
+    def product(name: str) -> Weight:
+        modules = [layer_module(layer, MODULES[site.role]) for site in spec.groups[layer][name].sites]
+        weight = source.joined([f"{module}.weight" for module in modules])
+        has_bias = f"{modules[0]}.bias" in source.shapes
+        return make_weight(weight, source.joined([f"{module}.bias" for module in modules]) if has_bias else None)
+
+    return LayerWeights(
+        attn_norm=norm("attn_norm"),
+        qkv=product("qkv"),
+        o=product("o"),
+        mlp_norm=norm("mlp_norm"),
+        gate_up=product("gate_up"),
+        down=product("down"),
+        q_norm=norm("q_norm") if spec.qk_norm else None,
+        k_norm=norm("k_norm") if spec.qk_norm else None,
+    )
+
+
+class _Checkpoint:
+    """The safetensors files of a folder, checked against the spec before anything is read."""
+
+    def __init__(self, folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.shapes = checkpoint_shapes(spec)
+        self._files: dict[str, safe_open] = {}
+        for path in checkpoint_files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+                self._files.update(dict.fromkeys(file.keys(), file))
+                self._check(path, file)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
+        missing = sorted(set(self.shapes) - set(self._files))
+        if missing:
+            raise ModelError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
+        self._check_tied_head(folder, spec)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.joined([name])
+
+    def joined(self, names: list[str]) -> Tensor:
+        """The named tensors, one below the other, each read straight into its place."""
+        rows = [self.shapes[name][0] for name in names]
+        out = torch.empty((sum(rows), *self.shapes[names[0]][1:]), dtype=self.dtype, device=self.device)
+        for name, part in zip(names, out.split(rows), strict=True):
+            part.copy_(self._files[name].get_tensor(name))
+        return out
+
+    def _check(self, path: Path, file: safe_open) -> None:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            entry = file.get_slice(name)
+            shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+            expected = self.shapes.get(name)
+            if expected is None:
+                # Older checkpoints carry the rotary frequencies, which follow from the config.
+                if name == f"{HEAD}.weight" or name.endswith("rotary_emb.inv_freq"):
+                    continue
+                raise ModelError(f"{path}: unexpected tensor {name} {list(shape)}", param=name)
+            if shape != expected:
+                raise ModelError(f"{path}: {name}: expected {list(expected)}, found {list(shape)}", param=name)
+            if dtype not in _DTYPES:
+                raise ModelError(f"{path}: {name}: expected {' or '.join(_DTYPES)}, found {dtype}", param=name)
+
+    def _check_tied_head(self, folder: Path, spec: ModelSpec) -> None:
+        """A tied checkpoint may carry its head too; then it must be the embedding."""
+        head, embed = f"{HEAD}.weight", f"{EMBED}.weight"
+        if spec.tie_embeddings and head in self._files:
+            stored, table = self._files[head].get_tensor(head), self._files[embed].get_tensor(embed)
+            if not torch.equal(stored, table):
+                raise ModelError(
+                    f"{folder}: {head} differs from {embed} but tie_word_embeddings is true",
+                    hint="set tie_word_embeddings to false in config.json if the head is its own",
+                    param=head,
+                )
