@@ -1,0 +1,359 @@
+"""The HTTP process's end of the engine: requests out, events back, and a new engine when the old one dies.
+
+The engine runs in a process of its own behind a ZeroMQ socket in a private folder. Whatever happens to it, every
+accepted request gets exactly one final event. No torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from lorikeet.config import EngineConfig
+from lorikeet.engine.lifeline import child_command
+from lorikeet.engine.wire import (
+    AskStats,
+    Cancel,
+    EngineInfo,
+    Events,
+    Failed,
+    Ready,
+    Register,
+    Resolve,
+    Resolved,
+    Start,
+    Stats,
+    Stop,
+    Submit,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+from lorikeet.errors import LorikeetError, UnavailableError
+from lorikeet.types import AdapterInfo, ErrorInfo, Event, Request
+
+log = logging.getLogger("lorikeet.link")
+
+RETRY_AFTER = 3.0  # seconds a client is told to wait for a restarted engine
+FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds before a restart, doubled after each engine that did not live long
+LONG_LIFE = 30.0  # seconds of service after which a death counts as the first one again
+LAST_MESSAGES = 50  # milliseconds to wait for messages that a dead engine had sent before
+
+
+class EventStream(AsyncIterator[Event]):
+    """The events of one accepted request: any number, then exactly one with `finish`, then the end."""
+
+    def __init__(self, client: EngineClient, request_id: str) -> None:
+        self.request_id = request_id
+        self._client = client
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._ended = False  # the final event was handed out
+        self._closed = False  # nobody reads on
+
+    def put(self, event: Event) -> None:
+        if not self._closed:
+            self._queue.put_nowait(event)
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._queue.get()
+        self._ended = event.finish is not None
+        return event
+
+    def close(self) -> None:
+        """The reader goes away. Cancels the request in the engine unless it has ended already."""
+        if not self._closed:
+            self._closed = True
+            if not self._ended:
+                self._client.cancel(self.request_id)
+
+
+class EngineClient:
+    """Starts, watches and restarts the engine process, and speaks with it.
+
+    `command` is the engine's command line without the socket's address; tests pass a scripted engine.
+    """
+
+    def __init__(self, config: EngineConfig, *, command: Sequence[str] | None = None) -> None:
+        self.config = config
+        self.info: EngineInfo | None = None
+        self.restarts = 0
+        self.last_error: ErrorInfo | None = None
+        self._command = list(command or child_command("lorikeet.engine.process"))
+        self._context = zmq.asyncio.Context()
+        self._folder = Path(tempfile.mkdtemp(prefix="lorikeet-"))  # mode 700: nobody else can speak to the engine
+        self._socket: zmq.asyncio.Socket | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._first_answer: asyncio.Future[None] | None = None
+        self._streams: dict[str, EventStream] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._adapters: dict[str, AdapterInfo] = {}  # by folder, told again to a restarted engine
+        self._resolving: dict[str, asyncio.Future[AdapterInfo]] = {}
+        self._jobs: dict[int, asyncio.Future[Any]] = {}
+        self._next_job = 0
+        self._ready = False
+        self._draining = False
+        self._stop_asked = asyncio.Event()
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Returns when the engine is ready. Raises its error when the first one cannot be built."""
+        self._first_answer = asyncio.get_running_loop().create_future()
+        self._watch = asyncio.create_task(self._keep_running(), name="engine watch")
+        try:
+            await asyncio.shield(self._first_answer)
+        except BaseException:
+            await self.stop()
+            raise
+
+    @property
+    def ready(self) -> bool:
+        """New requests are taken."""
+        return self._ready and not self._draining
+
+    @property
+    def alive(self) -> bool:
+        """The engine is being served or restarted."""
+        return self._watch is not None and not self._watch.done()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._streams)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new requests, let the running ones end for up to `seconds`, then stop the engine."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        if self._streams:
+            log.warning("%d requests did not end within %g s and are stopped", len(self._streams), seconds)
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Stop the engine now. Requests in flight end with an error."""
+        self._draining = True
+        self._stop_asked.set()
+        process = self._process
+        if process is not None and process.returncode is None:
+            self._send(Stop())
+            try:
+                await asyncio.wait_for(process.wait(), 3.0 if self._ready else 0.1)
+            except TimeoutError:
+                self._kill()
+        if self._watch is not None:
+            await asyncio.wait([self._watch])
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its own session: the loader process goes with it
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    async def submit(self, request: Request) -> EventStream:
+        """Hand a request to the engine. Raises `UnavailableError` while there is none or it is draining."""
+        self._require_engine()
+        if request.request_id in self._streams:
+            raise LorikeetError(f"request id {request.request_id!r} is in flight already")
+        stream = self._streams[request.request_id] = EventStream(self, request.request_id)
+        self._idle.clear()
+        self._send(Submit(request))
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request; its final event says `cancelled`. One that has ended is left alone."""
+        if request_id in self._streams:
+            self._send(Cancel(request_id))
+
+    async def resolve(self, folder: Path) -> AdapterInfo:
+        """Validate and compile the adapter in `folder` and make it known to the engine.
+
+        Concurrent calls for one folder share one job. Raises what the loader found wrong with the files.
+        """
+        key = str(folder)
+        future = self._resolving.get(key)
+        if future is None:
+            self._require_engine()
+            job, future = self._new_job()
+            self._resolving[key] = future
+            future.add_done_callback(lambda done: self._resolved(key, done))
+            self._send(Resolve(job, key))
+        return await asyncio.shield(future)
+
+    def _resolved(self, key: str, future: asyncio.Future[AdapterInfo]) -> None:
+        del self._resolving[key]
+        if not future.cancelled() and future.exception() is None:
+            self._adapters[key] = future.result()
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's counters and gauges of this moment."""
+        self._require_engine()
+        job, future = self._new_job()
+        self._send(AskStats(job))
+        result: dict[str, Any] = await future
+        return result
+
+    def _new_job(self) -> tuple[int, asyncio.Future[Any]]:
+        self._next_job += 1
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        # An error nobody waits for any more (the client left) is not worth a warning.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._jobs[self._next_job] = future
+        return self._next_job, future
+
+    def _require_engine(self) -> None:
+        if self._draining:
+            raise UnavailableError("the server is shutting down", retry_after=RETRY_AFTER)
+        if not self._ready:
+            raise UnavailableError("the engine is starting again", retry_after=RETRY_AFTER, hint="try again shortly")
+
+    # --- the process --------------------------------------------------------------------------------------------
+
+    async def _keep_running(self) -> None:
+        delay = FIRST_DELAY
+        while not self._stop_asked.is_set():
+            started = time.monotonic()
+            code = await self._run_one()
+            reason = f"the engine process ended ({_exit_text(code)})"
+            self._fail_everything("the server is shutting down" if self._stop_asked.is_set() else reason)
+            assert self._first_answer is not None
+            if not self._first_answer.done():
+                self.last_error = self.last_error or UnavailableError(f"{reason} before it was ready").info()
+                self._first_answer.set_exception(LorikeetError.from_info(self.last_error))
+                return
+            if self._stop_asked.is_set():
+                return
+            delay = FIRST_DELAY if time.monotonic() - started > LONG_LIFE else min(2 * delay, LONGEST_DELAY)
+            log.error("%s; starting another in %.1f s", reason, delay)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_asked.wait(), delay)
+            self.restarts += 1
+
+    async def _run_one(self) -> int:
+        """Start one engine process and speak with it until it ends; its exit code."""
+        address = f"ipc://{self._folder}/engine-{self.restarts}"
+        socket = self._socket = self._context.socket(zmq.PAIR)
+        socket.set(zmq.LINGER, 0)
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.bind(address)
+        # A session of its own: Ctrl-C in the terminal reaches the server alone, which then drains.
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command, address, stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        self._send(Start(self.config))
+        reader = asyncio.create_task(self._read(socket), name="engine reader")
+        try:
+            code = await self._process.wait()
+        finally:
+            self._ready = False
+            reader.cancel()
+            await asyncio.wait([reader])
+        while await socket.poll(LAST_MESSAGES):
+            self._handle(await socket.recv())
+        self._ready = False
+        self._socket = None
+        socket.close()
+        return code
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            data = await socket.recv()
+            try:
+                self._handle(data)
+            except Exception:  # whatever one message holds, it must not silence all the others
+                log.exception("a message from the engine could not be handled")
+
+    def _handle(self, data: bytes) -> None:
+        message = decode_from_engine(data)
+        match message:
+            case Events():
+                for event in message.events:
+                    self._deliver(event)
+            case Resolved():
+                future = self._jobs.pop(message.job, None)
+                if future is not None and not future.done():
+                    if message.adapter is not None:
+                        future.set_result(message.adapter)
+                    else:
+                        assert message.error is not None
+                        future.set_exception(LorikeetError.from_info(message.error))
+            case Stats():
+                future = self._jobs.pop(message.job, None)
+                if future is not None and not future.done():
+                    future.set_result(message.stats)
+            case Ready():
+                self._now_ready(message.info)
+            case Failed():
+                self.last_error = message.error
+                log.error("the engine could not start: %s", message.error.message)
+
+    def _now_ready(self, info: EngineInfo) -> None:
+        for folder, adapter in list(self._adapters.items()):
+            if Path(adapter.path).exists():
+                self._send(Register(adapter))
+            else:
+                del self._adapters[folder]
+        self.info = info
+        self.last_error = None
+        self._ready = True
+        assert self._first_answer is not None
+        if not self._first_answer.done():
+            self._first_answer.set_result(None)
+
+    def _deliver(self, event: Event) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            log.warning("an event for %s, which has ended already", event.request_id)
+            return
+        if event.finish is not None:
+            del self._streams[event.request_id]
+            if not self._streams:
+                self._idle.set()
+        stream.put(event)
+
+    def _fail_everything(self, reason: str) -> None:
+        """What the dead engine owed: a final event to every request, an answer to every job."""
+        error = UnavailableError(reason, retry_after=RETRY_AFTER, hint="try again shortly")
+        for request_id in list(self._streams):
+            self._deliver(Event(request_id=request_id, finish="error", error=error.info()))
+        for future in list(self._jobs.values()):
+            if not future.done():
+                future.set_exception(error)
+        self._jobs.clear()
+
+    def _send(self, message: ToEngine) -> None:
+        """Queue a message. Without a high-water mark it never blocks; an engine that is gone owes no answer."""
+        if self._socket is not None:
+            sent = self._socket.send(encode(message))
+            if sent is not None:
+                sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+def _exit_text(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"

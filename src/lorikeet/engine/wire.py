@@ -1,0 +1,139 @@
+"""Messages between the HTTP process, the engine process and the loader process: msgpack, tagged by type. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from lorikeet.config import EngineConfig
+from lorikeet.model.spec import ModelSpec
+from lorikeet.types import AdapterInfo, BaseIdentity, ErrorInfo, Event, Request
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of every message; the tag is the class name."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a ready engine says of itself. Sizes in bytes."""
+
+    model: str
+    family: str
+    dtype: str
+    device: str
+    max_context: int
+    vocab_size: int
+    base: BaseIdentity
+    parameters: int = 0
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    kv_tokens: int = 0
+    adapter_bytes: int = 0  # the budget of the adapter slab
+    adapter_dtype: str = ""
+
+
+# HTTP process -> engine
+
+
+class Start(Message, frozen=True):
+    config: EngineConfig
+
+
+class Submit(Message, frozen=True):
+    request: Request
+
+
+class Cancel(Message, frozen=True):
+    request_id: str
+
+
+class Resolve(Message, frozen=True):
+    """Validate and compile the adapter in `folder`, and make it known to the engine."""
+
+    job: int
+    folder: str
+
+
+class Register(Message, frozen=True):
+    """Make known an adapter that was compiled before the engine was restarted."""
+
+    adapter: AdapterInfo
+
+
+class AskStats(Message, frozen=True):
+    job: int
+
+
+class Stop(Message, frozen=True):
+    """Exit now; whoever sends it has drained before."""
+
+
+ToEngine = Start | Submit | Cancel | Resolve | Register | AskStats | Stop
+
+
+# engine -> HTTP process
+
+
+class Ready(Message, frozen=True):
+    info: EngineInfo
+
+
+class Failed(Message, frozen=True):
+    """The engine could not be built."""
+
+    error: ErrorInfo
+
+
+class Events(Message, frozen=True):
+    """All events of one step."""
+
+    events: list[Event]
+
+
+class Resolved(Message, frozen=True):
+    """The answer to `Resolve`: an adapter or an error."""
+
+    job: int
+    adapter: AdapterInfo | None = None
+    error: ErrorInfo | None = None
+
+
+class Stats(Message, frozen=True):
+    job: int
+    stats: dict[str, Any]
+
+
+FromEngine = Ready | Failed | Events | Resolved | Stats
+
+
+# engine <-> loader
+
+
+class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of `compile_adapter` that are the same for every adapter."""
+
+    spec: ModelSpec
+    base: BaseIdentity
+    dtype: str
+    cache: str
+    allow_lock_mismatch: bool
+
+
+class StartLoader(Message, frozen=True):
+    settings: LoaderSettings
+
+
+class Compile(Message, frozen=True):
+    job: int
+    folder: str
+
+
+ToLoader = StartLoader | Compile
+FromLoader = Resolved
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+decode_to_loader = msgspec.msgpack.Decoder(ToLoader).decode
+decode_from_loader = msgspec.msgpack.Decoder(FromLoader).decode
