@@ -104,14 +104,65 @@ class AdapterRecipe(AdapterSettings, frozen=True, kw_only=True, forbid_unknown_f
     messages: list[Message] | None = None
 
 
-class TrainRecipe(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
+# --- judging ------------------------------------------------------------------------------------------------------
+
+
+class EvalData(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    test: str
+    train: str | None = None  # for the baseline, and for `choices: from-data` when the test labels do not cover all
+    limit: Positive | None = None  # a sample of N items, drawn by the recipe's seed
+    group_by: str | None = None  # rows equal in this column are one item with several references
+    convert: Literal["bio"] | None = None  # `tokens` and BIO `tags` -> `text` and `entities`
+
+
+class EvalTask(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A task whose adapter is trained by the same recipe may leave out `prompt`, `messages` and `reference`."""
+
+    name: str
+    data: EvalData
+    metric: str  # accuracy | macro_f1 | rouge_l | json_exact | json_field_f1 | regex | python:module.function
+    reference: str | list[str] | None = None
+    adapter: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    choices: Literal["from-data"] | list[str] | None = None
+    max_tokens: Positive = 16
+    stop: list[str] = []
+    baseline: Literal["tfidf"] | None = None
+    input: str | None = None  # the column the baseline reads; default: the prompt as rendered
+
+
+# --- a recipe file ------------------------------------------------------------------------------------------------
+
+
+class Recipe(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One file for both commands: `lorikeet train` reads the adapters, `lorikeet eval` the tasks."""
+
     version: Literal[1]
+    base: str | None = None
+    output: str | None = None  # the folder of the adapters: written by train, read by an offline eval
+    defaults: AdapterSettings = AdapterSettings()
+    adapters: list[AdapterRecipe] = []
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    step_tokens: Positive = 8192  # tokens of one shared forward pass; more is accumulated, with the same result
+    tasks: list[EvalTask] = []
+    results: str | None = None  # file that eval writes
+    seed: int = 0  # of eval: the order of the load, samples of items, bootstrap
+    bootstrap: Positive = 2000
+
+
+class TrainRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A recipe as `lorikeet train` needs it."""
+
     base: str
     output: str
     adapters: Annotated[list[AdapterRecipe], Meta(min_length=1)]
-    defaults: AdapterSettings = AdapterSettings()
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    step_tokens: Positive = 8192  # tokens of one shared forward pass; more is accumulated, with the same result
+
+
+class EvalRecipe(Recipe, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A recipe as `lorikeet eval` needs it."""
+
+    tasks: Annotated[list[EvalTask], Meta(min_length=1)]
 
 
 def resolve_adapters(recipe: TrainRecipe) -> list[AdapterRecipe]:
@@ -149,40 +200,29 @@ def _check_max_length(value: int | str, where: str) -> None:
         raise ConfigError(f"{where}: found {value!r}; expected 'longest', a number of tokens, or 'p95'", param=where)
 
 
-# --- judging ------------------------------------------------------------------------------------------------------
-
-
-class EvalData(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    test: str
-    train: str | None = None  # for the baseline, and for `choices: from-data` when the test labels do not cover all
-    limit: Positive | None = None  # a sample of N items, drawn by the recipe's seed
-    group_by: str | None = None  # rows equal in this column are one item with several references
-    convert: Literal["bio"] | None = None  # `tokens` and BIO `tags` -> `text` and `entities`
-
-
-class EvalTask(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: str
-    data: EvalData
-    metric: str  # accuracy | macro_f1 | rouge_l | json_exact | json_field_f1 | regex | python:module.function
-    reference: str | list[str]
-    adapter: str | None = None
-    prompt: str | None = None
-    messages: list[Message] | None = None
-    choices: Literal["from-data"] | list[str] | None = None
-    max_tokens: Positive = 16
-    stop: list[str] = []
-    baseline: Literal["tfidf"] | None = None
-    input: str | None = None  # the column the baseline reads; default: the prompt as rendered
-
-
-class EvalRecipe(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    version: Literal[1]
-    tasks: Annotated[list[EvalTask], Meta(min_length=1)]
-    base: str | None = None  # for the offline engine; a running server has its own
-    adapters: str | None = None  # folder of adapters for the offline engine
-    output: str | None = None  # results file
-    seed: int = 0
-    bootstrap: Positive = 2000
+def resolve_tasks(recipe: EvalRecipe) -> list[EvalTask]:
+    """The tasks with prompt and reference filled in from the adapter of the same recipe where they are left out."""
+    trained = {adapter.name: adapter for adapter in recipe.adapters}
+    resolved = []
+    for i, task in enumerate(recipe.tasks):
+        where = f"$.tasks[{i}]"
+        if any(other.name == task.name for other in recipe.tasks[:i]):
+            raise ConfigError(f"{where}.name: {task.name!r} is used twice; names must differ", param=f"{where}.name")
+        if task.prompt is not None and task.messages is not None:
+            raise ConfigError(f"{where}: expected one of `prompt` and `messages`, found both", param=where)
+        adapter = trained.get(task.adapter or "")
+        if task.prompt is None and task.messages is None:
+            if adapter is None:
+                raise ConfigError(f"{where}.prompt: missing, and no adapter of this recipe gives it", param=where)
+            question = adapter.messages[:-1] if adapter.messages is not None else None
+            task = msgspec.structs.replace(task, prompt=adapter.prompt, messages=question)
+        if task.reference is None:
+            if adapter is None:
+                raise ConfigError(f"{where}.reference: missing, and no adapter of this recipe gives it", param=where)
+            answer = adapter.messages[-1].content if adapter.messages is not None else adapter.completion
+            task = msgspec.structs.replace(task, reference=answer)
+        resolved.append(task)
+    return resolved
 
 
 # --- serving ------------------------------------------------------------------------------------------------------
@@ -224,10 +264,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
-Recipe = TypeVar("Recipe", bound=msgspec.Struct)
+AnyRecipe = TypeVar("AnyRecipe", bound=msgspec.Struct)
 
 
-def read_recipe(path: Path, kind: type[Recipe]) -> Recipe:
+def read_recipe(path: Path, kind: type[AnyRecipe]) -> AnyRecipe:
     """Read a YAML recipe strictly. Raises `ConfigError` naming file, field, found and expected."""
     import yaml
 

@@ -35,13 +35,13 @@ def run_eval(
     """Judge the tasks of a recipe, print the table and write the results file.
 
     `url` names a running server; without it the offline engine loads the recipe's base and `adapters` (else the
-    recipe's). Data paths are relative to `root` (the working directory). A `summary.json` beside the adapters adds
-    what their training cost.
+    recipe's `output`). Paths in the recipe are relative to `root` (the working directory). A `summary.json` beside
+    the adapters adds what their training cost.
     """
     console = console or Console()
     recipe = read_recipe(recipe_path, EvalRecipe)
     root = root or Path.cwd()
-    folder = adapters or (root / recipe.adapters if recipe.adapters is not None else None)
+    folder = adapters or (root / recipe.output if recipe.output is not None else None)
     prepared = prepare(recipe, root, read_rows)
     questions = sum(len(item.prompts) * (2 if item.task.adapter else 1) for item in prepared)
     with _progress(console) as progress:
@@ -62,7 +62,7 @@ def run_eval(
             results, {task.name: task.adapter for task in recipe.tasks}, json.loads(summary.read_text(encoding="utf-8"))
         )
     console.print(report.table(results))
-    target = output or (Path(recipe.output) if recipe.output is not None else None)
+    target = output or (root / recipe.results if recipe.results is not None else None)
     if target is not None:
         report.write(results, target)
         console.print(f"results written to {target}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from lorikeet.config import EvalRecipe, EvalTask
+from lorikeet.config import EvalRecipe, EvalTask, resolve_tasks
 from lorikeet.errors import ConfigError
 from lorikeet.evals import metrics
 from lorikeet.evals.baseline import tfidf
@@ -79,15 +79,10 @@ class Prepared:
 
 def prepare(recipe: EvalRecipe, folder: Path, read_rows: ReadRows) -> list[Prepared]:
     """Read and render every task of the recipe; paths are relative to `folder`. Raises before anything is run."""
-    names = [task.name for task in recipe.tasks]
     prepared = []
-    for i, task in enumerate(recipe.tasks):
+    for i, task in enumerate(resolve_tasks(recipe)):
         where = f"$.tasks[{i}]"
-        if names.index(task.name) != i:
-            raise ConfigError(f"{where}.name: {task.name!r} is used twice; names must differ", param=f"{where}.name")
         metrics.check_metric(task.metric, f"{where}.metric")
-        if (task.prompt is None) == (task.messages is None):
-            raise ConfigError(f"{where}: expected exactly one of `prompt` and `messages`", param=where)
         prepared.append(_prepare_task(task, where, folder, read_rows, recipe.seed))
     return prepared
 
@@ -99,7 +94,7 @@ def _prepare_task(task: EvalTask, where: str, folder: Path, read_rows: ReadRows,
     groups = _grouped(rows, task.data.group_by, where)
     if task.data.limit is not None and task.data.limit < len(groups):
         groups = random.Random(seed).sample(groups, task.data.limit)
-    texts = [task.reference] if isinstance(task.reference, str) else task.reference
+    texts = [task.reference] if isinstance(task.reference, str) else task.reference or []
     references = [Template(text, f"{where}.reference") for text in texts]
     rendered = [[r.render(row) for row in group for r in references] for group in groups]
     firsts = [group[0] for group in groups]
