@@ -1,0 +1,192 @@
+"""The differentiable kernels against plain torch and finite differences, in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lorikeet.kernels.batch import Batch, Slab
+from lorikeet.kernels.reference import ReferenceOps
+from lorikeet.model.decoder import forward
+from lorikeet.model.spec import ModelSpec
+from lorikeet.train.attention import RowBuckets, packed_attention
+from lorikeet.train.losses import completion_loss
+from lorikeet.train.ops import Dropout, TrainedAdapters, TrainOps
+from lorikeet.train.parameters import AdapterParameters
+
+LENGTHS = [5, 1, 9, 12, 3, 20]
+ADAPTERS = [0, 0, 1, 1, 2, 2]
+reference = ReferenceOps()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def adapters_for(spec: ModelSpec, **options: Any) -> list[AdapterParameters]:
+    """Three adapters of different rank and targets, with a non-zero B."""
+    made = []
+    for i, (roles, rank) in enumerate([(("q", "v"), 1), (("o", "gate", "up"), 3), (("k", "up", "down", "q"), 5)]):
+        parameters = AdapterParameters(spec, roles, rank, 0.5 + i, dtype=torch.float64, **options)
+        parameters.data.copy_(normal(parameters.data.numel(), seed=i) * 0.3)
+        parameters.refresh()
+        made.append(parameters)
+    return made
+
+
+def slab_of(spec: ModelSpec, adapters: list[AdapterParameters]) -> Slab:
+    """The same adapters as serving holds them: handle i is adapters[i]; gradients reach `data`."""
+    data = torch.cat([adapter.data for adapter in adapters])
+    table = torch.zeros(len(adapters), len(spec.sites), 5, dtype=torch.int64)
+    scale = torch.zeros(len(adapters), len(spec.sites), dtype=torch.float64)
+    base = 0
+    for handle, adapter in enumerate(adapters):
+        for site, a, b in adapter.named_pairs():
+            offsets = (base + a.storage_offset(), base + b.storage_offset())
+            table[handle, site.index] = torch.tensor([*offsets, site.d_in, site.d_out, adapter.rank])
+            scale[handle, site.index] = adapter.scale
+        base += adapter.data.numel()
+    return Slab(data, table, scale)
+
+
+def gradcheck(function: Callable[..., Any], *inputs: torch.Tensor) -> None:
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs], fast_mode=False)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_is_the_references(make_batch: Callable[..., Batch], window: int | None) -> None:
+    batch = make_batch([300, 5, 1, 9, 12, 40, 257, 7])
+    tokens = len(batch.tokens)
+    q, k, v = normal(tokens, 6, 8), normal(tokens, 2, 8, seed=1), normal(tokens, 2, 8, seed=2)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    layout = RowBuckets.of(batch)
+    assert len(layout.buckets) > 2
+    ours = packed_attention(q, k, v, layout, window)
+    theirs = reference.attention(q, k, v, batch, None, window)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    weights = normal(*ours.shape, seed=3)
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((theirs * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_attention_gradcheck(make_batch: Callable[..., Batch]) -> None:
+    layout = RowBuckets.of(make_batch([3, 1, 5]))
+    gradcheck(
+        lambda q, k, v: packed_attention(q, k, v, layout, 3), normal(9, 4, 2), normal(9, 2, 2), normal(9, 2, 2, seed=1)
+    )
+
+
+def test_a_row_of_nan_stays_alone(make_batch: Callable[..., Batch]) -> None:
+    batch = make_batch([3, 5, 6, 2])
+    q, k, v = normal(16, 2, 4), normal(16, 2, 4, seed=1), normal(16, 2, 4, seed=2)
+    clean = packed_attention(q, k, v, RowBuckets.of(batch), None)
+    for x in (q, k, v):
+        x[3:8] = float("nan")
+    dirty = packed_attention(q, k, v, RowBuckets.of(batch), None)
+    others = [*range(3), *range(8, 16)]
+    assert torch.equal(clean[others], dirty[others])
+
+
+def test_elementwise_gradchecks(make_batch: Callable[..., Batch]) -> None:
+    ops = TrainOps(make_batch([4]))
+    weight, cos, sin = normal(6), normal(4, 3, seed=1).cos(), normal(4, 3, seed=1).sin()
+    gradcheck(lambda x: ops.rms_norm(x, weight, 1e-5), normal(4, 6))
+    gradcheck(lambda x, r: ops.add_rms_norm(x, r, weight, 1e-5), normal(4, 6), normal(4, 6, seed=1))
+    gradcheck(lambda x: ops.rope(x, cos, sin), normal(4, 2, 6))
+    gradcheck(ops.silu_mul, normal(4, 6))
+
+
+def test_elementwise_are_the_references(make_batch: Callable[..., Batch]) -> None:
+    ops = TrainOps(make_batch([4]))
+    x, r, weight, cos, sin = normal(4, 6), normal(4, 6, seed=1), normal(6), normal(4, 3).cos(), normal(4, 3).sin()
+    for ours, theirs in [
+        (ops.add_rms_norm(x, r, weight, 1e-5), reference.add_rms_norm(x, r, weight, 1e-5)),
+        (ops.add_rms_norm(x, None, weight, 1e-5), reference.add_rms_norm(x, None, weight, 1e-5)),
+        (ops.rope(x.view(4, 1, 6), cos, sin), reference.rope(x.view(4, 1, 6), cos, sin)),
+        (ops.silu_mul(x), reference.silu_mul(x)),
+    ]:
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_loss_gradcheck_and_cross_entropy(make_base: Callable[..., Any]) -> None:
+    _, weights = make_base()
+    targets = torch.tensor([3, 60, 0, 7])
+    x = normal(4, 24)
+    expected = torch.nn.functional.cross_entropy(weights.head.linear(x), targets, reduction="none")
+    torch.testing.assert_close(completion_loss(x, weights.head, targets), expected)
+    gradcheck(lambda x: completion_loss(x, weights.head, targets), x)
+
+
+def test_forward_and_gradients_are_the_references(
+    make_base: Callable[..., Any], make_batch: Callable[..., Batch]
+) -> None:
+    """The whole decoder with three adapters: logits and every gradient of A and B equal autograd's own."""
+    spec, weights = make_base(windows=(None, 6))
+    batch = make_batch(LENGTHS, ADAPTERS)
+    adapters = adapters_for(spec, compute_dtype=torch.float64)
+    slab = slab_of(spec, adapters)
+    slab.data.requires_grad_()
+    theirs = forward(spec, weights, batch, _CloningReference(), slab)
+    trained = TrainedAdapters(adapters, [None] * 3)
+    ours = forward(spec, weights, batch, TrainOps(batch), trained)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    targets = torch.randint(0, 61, (len(batch.tokens),), generator=torch.Generator().manual_seed(5))
+    torch.nn.functional.cross_entropy(theirs, targets).backward()
+    forward(spec, weights, batch, TrainOps(batch, targets), trained).mean().backward()
+    gradients = torch.cat([adapter.grad for adapter in adapters])
+    assert slab.data.grad is not None and slab.data.grad.norm() > 0.1
+    torch.testing.assert_close(gradients, slab.data.grad, rtol=1e-9, atol=1e-12)
+
+
+class _CloningReference(ReferenceOps):
+    """`lowrank_add` on a copy, so that autograd can follow it."""
+
+    def lowrank_add(self, y: torch.Tensor, *args: Any) -> torch.Tensor:
+        return super().lowrank_add(y.clone(), *args)
+
+
+def test_dropout_gradients(make_base: Callable[..., Any], make_batch: Callable[..., Batch]) -> None:
+    """dloss along a random direction of the parameters and finite differences agree with the mask on."""
+    spec, weights = make_base()
+    batch = make_batch(LENGTHS, ADAPTERS)
+    adapters = adapters_for(spec, compute_dtype=torch.float64)
+    starts = [0, 6, 27, 50]
+    dropout = [Dropout(0.4, i, 7, torch.arange(a, b)) for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False))]
+    targets = torch.zeros(50, dtype=torch.int64)
+
+    def loss() -> torch.Tensor:
+        return forward(spec, weights, batch, TrainOps(batch, targets), TrainedAdapters(adapters, dropout)).mean()
+
+    loss().backward()
+    for adapter in adapters:
+        direction = normal(adapter.data.numel(), seed=9)
+        values = []
+        for sign in (1, -1):
+            adapter.data.add_(direction, alpha=sign * 1e-6)
+            adapter.refresh()
+            values.append(loss().item())
+            adapter.data.sub_(direction, alpha=sign * 1e-6)
+            adapter.refresh()
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(adapter.grad @ direction), rel=1e-5)
+
+
+def test_dropout_mask() -> None:
+    tokens = torch.arange(4000)
+    mask = Dropout(0.25, 3, 11, tokens).mask(5, 64, torch.float64)
+    assert mask.unique().tolist() == [0.0, 1 / 0.75]
+    kept = (mask > 0).double()
+    assert kept.mean().item() == pytest.approx(0.75, abs=0.005)
+    assert kept.mean(0).std().item() < 0.02 and kept.mean(1).std().item() < 0.08
+    assert torch.equal(mask[100:200], Dropout(0.25, 3, 11, tokens[100:200]).mask(5, 64, torch.float64))
+    for other in (Dropout(0.25, 4, 11, tokens).mask(5, 64, torch.float64),
+                  Dropout(0.25, 3, 12, tokens).mask(5, 64, torch.float64),
+                  Dropout(0.25, 3, 11, tokens).mask(6, 64, torch.float64)):  # fmt: skip
+        agree = (kept == (other > 0)).double().mean().item()
+        assert agree == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
