@@ -1,0 +1,79 @@
+"""Reads the word lists and the topics that lie beside the code, once per process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from lorikeet.data.synthesize.grammar import Slot, word_slot
+from lorikeet.data.synthesize.names import SLOTS
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One thing that people write about. All texts are templates; ``asks`` all mean nearly the same."""
+
+    domain: str
+    titles: tuple[str, ...]
+    gists: tuple[str, ...]
+    asks: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def _texts(folder: str) -> dict[str, str]:
+    root = files("lorikeet.data.synthesize") / folder
+    entries = sorted((entry for entry in root.iterdir() if entry.name.endswith(".txt")), key=lambda entry: entry.name)
+    return {entry.name.removesuffix(".txt"): entry.read_text(encoding="utf-8") for entry in entries}
+
+
+@cache
+def lexicon() -> Mapping[str, Slot]:
+    """All slots: composed names and the word lists of ``words/*.txt`` (lines ``name: a, b, c``)."""
+    slots: dict[str, Slot] = dict(SLOTS)
+    for file, text in _texts("words").items():
+        for line in text.splitlines():
+            if not line or line.startswith("#"):
+                continue
+            name, colon, values = line.partition(": ")
+            if not colon or name in slots:
+                raise ValueError(f"words/{file}.txt: {line[:40]!r}: expected a new 'name: value, value'")
+            slots[name] = word_slot([value.strip() for value in values.split(",")], slots)
+    return slots
+
+
+@cache
+def topics() -> tuple[Topic, ...]:
+    """All topics of ``topics/*.txt``; the file's name is the domain.
+
+    A topic starts with ``# title | title``, then one line ``> gist | gist``, lines ``- what somebody asks or says``,
+    and lines ``+ what the answer says``.
+    """
+    found: list[Topic] = []
+    for domain, text in _texts("topics").items():
+        for block in text.split("\n# ")[1:] if not text.startswith("# ") else ("\n" + text).split("\n# ")[1:]:
+            found.append(_topic(domain, block))
+    return tuple(found)
+
+
+def _topic(domain: str, block: str) -> Topic:
+    heading, *lines = block.strip().splitlines()
+    marked: dict[str, list[str]] = {">": [], "-": [], "+": []}
+    for line in lines:
+        if not line.strip():
+            continue
+        mark, _, text = line.partition(" ")
+        if mark not in marked or not text:
+            raise ValueError(f"topics/{domain}.txt, topic {heading!r}: {line!r} starts with none of '> ', '- ', '+ '")
+        marked[mark].append(text.strip())
+    topic = Topic(
+        domain=domain,
+        titles=tuple(part.strip() for part in heading.split("|")),
+        gists=tuple(part.strip() for line in marked[">"] for part in line.split(" | ")),
+        asks=tuple(marked["-"]),
+        answers=tuple(marked["+"]),
+    )
+    if not (topic.gists and len(topic.asks) >= 3 and topic.answers):
+        raise ValueError(f"topics/{domain}.txt, topic {heading!r}: needs a '>' line, three '-' lines and a '+' line")
+    return topic
