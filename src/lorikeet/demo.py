@@ -30,11 +30,11 @@ def run_demo(*, once: bool = False, port: int = 8000) -> None:
     console = Console()
     started = time.perf_counter()
     console.rule("1. Train seven adapters together on one base")
-    run_train(DATA / "train.yaml", root=DATA, output=ADAPTERS)
+    run_train(DATA / "recipe.yaml", root=DATA, output=ADAPTERS)
     console.rule("2. Serve the base and all of them from one process")
     with serving(port) as url:
         console.rule("3. Judge base and adapters through the server, mixed in one load")
-        run_eval(DATA / "eval.yaml", url=url, adapters=ADAPTERS, root=DATA, output=RESULTS, console=console)
+        run_eval(DATA / "recipe.yaml", url=url, adapters=ADAPTERS, root=DATA, output=RESULTS, console=console)
         console.print(f"{time.perf_counter() - started:.0f} s in all")
         if not once:
             _invite(console, url)
