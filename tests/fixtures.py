@@ -192,3 +192,52 @@ def next_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Logprob of each token but the first: logits [..., T, V], tokens [..., T] -> [..., T - 1] fp32."""
     logprobs = logits.float().log_softmax(-1)
     return logprobs[..., :-1, :].gather(-1, tokens[..., 1:].unsqueeze(-1)).squeeze(-1)
+
+
+def make_slab(paths: list[Path], spec: Any) -> Any:
+    """A reference `Slab` of compiled adapter files: handle i is `paths[i]`, one after the other in one buffer."""
+    from lorikeet.adapters.compiled import open_compiled
+    from lorikeet.kernels.batch import Slab
+
+    table = torch.zeros(len(paths), len(spec.sites), 5, dtype=torch.int64)
+    scale = torch.zeros(len(paths), len(spec.sites))
+    parts, at = [], 0
+    for handle, path in enumerate(paths):
+        compiled = open_compiled(path)
+        for e in compiled.header.entries:
+            table[handle, e.site] = torch.tensor([at + e.a, at + e.b, e.stride_a, e.stride_b, e.rank])
+            scale[handle, e.site] = e.scale
+        part = torch.from_numpy(compiled.data.copy())
+        parts.append(part.view(torch.bfloat16) if compiled.header.dtype == "bfloat16" else part)
+        at += part.numel()
+    return Slab(torch.cat(parts), table, scale)
+
+
+def make_batch(rows: list[torch.Tensor], adapters: list[int | None]) -> Any:
+    """A packed `Batch` without cache: `rows[i]` are the token ids of sequence i, `adapters[i]` its handle or None.
+
+    Rows of one adapter need not be neighbours; logits come for every token.
+    """
+    from lorikeet.kernels.batch import Batch, Segments
+
+    lengths = torch.tensor([len(row) for row in rows])
+    start = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    handles = sorted({handle for handle in adapters if handle is not None})
+    members = [
+        torch.cat([torch.arange(start[i], start[i + 1]) for i, a in enumerate(adapters) if a == handle])
+        for handle in handles
+    ]
+    bounds = [0, *torch.tensor([len(m) for m in members]).cumsum(0).tolist()] if members else [0]
+    segments = None
+    if members:
+        contiguous = all(bool((m.diff() == 1).all()) for m in members)
+        segments = Segments(torch.cat(members), bounds, handles, contiguous)
+    return Batch(
+        tokens=torch.cat(rows),
+        positions=torch.cat([torch.arange(len(row)) for row in rows]),
+        query_start=start.int(),
+        kv_len=lengths.int(),
+        max_query=int(lengths.max()),
+        max_kv=int(lengths.max()),
+        token_segments=segments,
+    )

@@ -13,12 +13,21 @@ SRC = Path(__file__).parent.parent / "src"
 PACKAGE = SRC / "lorikeet"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUND = {"lorikeet", "types", "errors", "config", "template", "adapters.files"}
+GROUND = {
+    "lorikeet",
+    "types",
+    "errors",
+    "config",
+    "template",
+    "adapters.files",
+    "adapters.fields",
+    "adapters.safefile",
+}
 # room -> rooms (or modules) it may import besides itself and the ground
 ROOMS: dict[str, set[str]] = {
     "ground": set(),
     "kernels": set(),
-    "adapters": {"model.names", "model.spec", "model.sources"},
+    "adapters": {"model.names", "model.spec"},
     "model": {"kernels", "adapters"},
     "engine": {"model", "kernels", "adapters"},
     "train": {"model", "kernels", "adapters", "data.formats", "data.synthesize"},
@@ -56,7 +65,9 @@ NO_TORCH = [
     "lorikeet.client",
     "lorikeet.cli",
     "lorikeet.adapters.files",
+    "lorikeet.adapters.compiled",
     "lorikeet.model.spec",
+    "lorikeet.model.families",
     "lorikeet.model.sources",
     "lorikeet.model.tokenizer",
     "lorikeet.engine.request",

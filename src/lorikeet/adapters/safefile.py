@@ -1,4 +1,4 @@
-"""Reading a safetensors file without torch: a bounded, checked header, then the bytes through a memory map.
+"""Reading a safetensors file without torch: a bounded, checked header first, the bytes after.
 
 The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
 """
@@ -11,6 +11,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from lorikeet.errors import AdapterError, LorikeetError
@@ -29,7 +30,7 @@ class TensorEntry:
 
 
 class SafeFile:
-    """A checked and memory-mapped safetensors file.
+    """An open safetensors file whose header is checked; nothing of the data is read yet.
 
     `entries` maps tensor names to places, in order of name. Raises `error` (AdapterError or ModelError) for a file
     that is truncated, corrupt, or whose header is longer than `max_header` bytes.
@@ -39,42 +40,63 @@ class SafeFile:
         self.path = path
         self._error = error
         try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                data_start, header = self._read_header(file.read(8), file.read, size, max_header)
-                self.entries = {name: self._entry(name, header[name], data_start, size) for name in sorted(header)}
-                self._check_layout(data_start, size)
-                self._map = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            self._file = path.open("rb")
         except OSError as problem:
-            raise self._fail(f"cannot be read: {problem.strerror or problem}") from problem
+            raise self._fail(f"cannot be read: {problem.strerror}") from problem
+        try:
+            self._size = self._file.seek(0, 2)
+            self._header = self._read_header(max_header)
+            header = self._parse_header()
+            self.entries = {name: self._entry(name, header[name]) for name in sorted(header)}
+            self._check_layout()
+        except BaseException:
+            self._file.close()
+            raise
 
-    def tensor_bytes(self, name: str) -> memoryview:
-        """The raw little-endian bytes of a tensor, not copied."""
-        entry = self.entries[name]
-        return self._map[entry.start : entry.stop]
+    def __enter__(self) -> SafeFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
+
+    def map(self) -> memoryview:
+        """The whole file, memory-mapped: for files that nobody rewrites while they are in use."""
+        return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def read(self) -> memoryview:
+        """The whole file, copied into memory: what is hashed is then what is used, whatever happens to the file."""
+        self._file.seek(0)
+        data = self._file.read(self._size + 1)
+        if len(data) != self._size or not data.startswith(self._header):
+            raise self._fail("changed while it was read; write a new folder and rename it into place")
+        return memoryview(data)
 
     def _fail(self, message: str) -> LorikeetError:
         return self._error(f"{self.path.name}: {message}", hint=f"the file is {self.path}", param=self.path.name)
 
-    def _read_header(self, prefix: bytes, read: Any, size: int, limit: int) -> tuple[int, dict[str, Any]]:
+    def _read_header(self, limit: int) -> bytes:
+        self._file.seek(0)
+        prefix = self._file.read(8)
         if len(prefix) < 8:
-            raise self._fail(f"not a safetensors file: {size} bytes, expected a header")
+            raise self._fail(f"not a safetensors file: {self._size} bytes, expected a header")
         (length,) = struct.unpack("<Q", prefix)
         if length > limit:
             raise self._fail(f"header of {length} bytes, expected at most {limit}; corrupt or not a safetensors file")
-        if 8 + length > size:
-            raise self._fail(f"truncated: header of {length} bytes in a file of {size}")
+        if 8 + length > self._size:
+            raise self._fail(f"truncated: header of {length} bytes in a file of {self._size}")
+        return prefix + self._file.read(length)
+
+    def _parse_header(self) -> dict[str, Any]:
         try:
-            header = json.loads(read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+            header = json.loads(self._header[8:].decode("utf-8"), object_pairs_hook=unique_pairs)
         except (ValueError, RecursionError) as problem:
             raise self._fail(f"header is not valid: {problem}") from problem
         if not isinstance(header, dict):
             raise self._fail("header is not a JSON object")
         header.pop("__metadata__", None)
-        return 8 + length, header
+        return header
 
-    def _entry(self, name: str, raw: Any, data_start: int, size: int) -> TensorEntry:
+    def _entry(self, name: str, raw: Any) -> TensorEntry:
         try:
             dtype, shape, (start, stop) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
             valid = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
@@ -89,22 +111,24 @@ class SafeFile:
             raise self._fail(
                 f"tensor {name!r}: {dtype}{list(shape)} needs {expected} bytes, the header gives {stop - start}"
             )
-        if data_start + stop > size:
-            raise self._fail(f"truncated: tensor {name!r} ends at byte {data_start + stop} of a file of {size} bytes")
-        return TensorEntry(dtype, shape, data_start + start, data_start + stop)
+        offset = len(self._header)
+        if offset + stop > self._size:
+            raise self._fail(f"truncated: tensor {name!r} ends at byte {offset + stop} of a file of {self._size} bytes")
+        return TensorEntry(dtype, shape, offset + start, offset + stop)
 
-    def _check_layout(self, data_start: int, size: int) -> None:
+    def _check_layout(self) -> None:
         """Tensors follow each other without gap or overlap, up to the end of the file."""
-        at = data_start
+        at = len(self._header)
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != at:
                 raise self._fail(f"tensor {name!r} starts at byte {entry.start}, expected {at}: overlap or gap")
             at = entry.stop
-        if at != size:
-            raise self._fail(f"{size - at} bytes after the last tensor, expected none")
+        if at != self._size:
+            raise self._fail(f"{self._size - at} bytes after the last tensor, expected none")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` for json: a name that stands twice is an error, not the last one wins."""
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]

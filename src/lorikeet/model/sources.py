@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -122,22 +123,21 @@ def _weights_sha256(folder: Path) -> str:
         return remembered.read_text("ascii")
     except OSError:
         digest = _hash_tensors(files, spec)
-    try:
+    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
         remembered.parent.mkdir(parents=True, exist_ok=True)
         fresh = remembered.with_name(f"{key}.{os.getpid()}")
         fresh.write_text(digest, "ascii")
         fresh.replace(remembered)
-    except OSError:
-        pass  # a cache that cannot be written costs time, nothing else
     return digest
 
 
 def _hash_tensors(files: list[Path], spec: bytes) -> str:
-    opened = [SafeFile(path, error=ModelError, max_header=_MAX_HEADER) for path in files]
     digest = hashlib.sha256(spec)
-    places = {name: file for file in opened for name in file.entries}
-    for name, file in sorted(places.items()):
-        entry = file.entries[name]
-        digest.update(msgspec.msgpack.encode([name, entry.dtype, list(entry.shape)]))
-        digest.update(file.tensor_bytes(name))
+    with ExitStack() as stack:
+        opened = [stack.enter_context(SafeFile(path, error=ModelError, max_header=_MAX_HEADER)) for path in files]
+        places = {name: (file, data) for file in opened for data in [file.map()] for name in file.entries}
+        for name, (file, data) in sorted(places.items()):
+            entry = file.entries[name]
+            digest.update(msgspec.msgpack.encode([name, entry.dtype, list(entry.shape)]))
+            digest.update(data[entry.start : entry.stop])
     return digest.hexdigest()

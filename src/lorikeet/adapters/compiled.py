@@ -1,0 +1,179 @@
+"""Compiled adapters: one memory-mappable file in the layout of the device slab. No torch.
+
+Layout: 8 bytes magic, 8 bytes little-endian header length, a msgpack header, then at the next multiple of 64 bytes the
+data as one contiguous run. Rows of A and B start at multiples of 64 bytes; offsets and strides are in elements from
+the start of the data, so that bringing an adapter into the slab is one copy and its table is its offsets plus a base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, check_lock, read_lock
+from lorikeet.adapters.normal import Entry, check_lora, compile_lora
+from lorikeet.errors import AdapterError
+from lorikeet.model.spec import ModelSpec
+from lorikeet.types import AdapterInfo, BaseIdentity
+
+Dtype = Literal["float32", "bfloat16"]
+MAGIC = b"LORIKEET"
+ALIGNMENT = 64
+VERSION = 1  # part of the file's name: raise it when the layout or the meaning of an entry changes
+_STORAGE: dict[Dtype, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
+_MAX_HEADER = 64 * 2**20
+
+
+class CompiledEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One site: element offsets and row strides of A [rank, d_in] and B [rank, d_out], and the scalar s."""
+
+    site: int
+    a: int
+    b: int
+    stride_a: int
+    stride_b: int
+    rank: int
+    scale: float
+
+
+class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """`nbytes` is the length of the data; `base_sha256` the base whose shapes were checked."""
+
+    digest: str
+    base_sha256: str
+    dtype: Dtype
+    kind: str
+    nbytes: int
+    entries: list[CompiledEntry]
+
+    def info(self, path: Path) -> AdapterInfo:
+        return AdapterInfo(
+            digest=self.digest,
+            path=str(path),
+            nbytes=self.nbytes,
+            max_rank=max(entry.rank for entry in self.entries),
+            sites=len(self.entries),
+            kind=self.kind,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledAdapter:
+    """`data` is the slab's part: fp32, or bf16 as uint16 bits, flat."""
+
+    header: CompiledHeader
+    data: NDArray[Any]
+
+
+def compile_adapter(
+    folder: Path,
+    spec: ModelSpec,
+    base: BaseIdentity,
+    dtype: Dtype,
+    cache: Path,
+    allow_lock_mismatch: bool = False,
+) -> AdapterInfo:
+    """Read, check, hash and compile the PEFT directory `folder` for one base; an existing file is used again.
+
+    The file appears whole or not at all. Raises AdapterError (422) or LockMismatchError (409).
+    """
+    lock = read_lock(folder)
+    if lock is not None and not allow_lock_mismatch:
+        check_lock(lock, base)
+    with AdapterFile(folder) as file:
+        check_lora(file.config, file.shapes, spec)  # before any data is read
+        tensors, digest = file.load()
+        path = cache / compiled_name(digest, base, dtype)
+        if path.exists():
+            try:
+                return open_compiled(path).header.info(path)
+            except AdapterError:
+                path.unlink(missing_ok=True)  # a damaged cache file is made again
+        header, data = lay_out(compile_lora(file.config, tensors, spec), digest, base, dtype)
+    _write(path, header, data)
+    return header.info(path)
+
+
+def compiled_name(digest: str, base: BaseIdentity, dtype: Dtype) -> str:
+    """File name of a compiled adapter: what it is, and for which base, dtype and compiler."""
+    made_for = hashlib.sha256(f"{base.sha256} {dtype} {VERSION}".encode()).hexdigest()
+    return f"{digest}-{made_for[:16]}.lorikeet"
+
+
+def lay_out(
+    entries: list[Entry], digest: str, base: BaseIdentity, dtype: Dtype, kind: str = "lora"
+) -> tuple[CompiledHeader, NDArray[Any]]:
+    """Place entries one after the other, rows aligned, values rounded to `dtype` (nearest, ties to even)."""
+    storage = np.dtype(_STORAGE[dtype])
+    step = ALIGNMENT // storage.itemsize
+    placed: list[CompiledEntry] = []
+    at = 0
+    for entry in entries:
+        stride_a, stride_b = (-(-part.shape[1] // step) * step for part in (entry.a, entry.b))
+        a, b = at, at + entry.rank * stride_a
+        at = b + entry.rank * stride_b
+        placed.append(CompiledEntry(entry.site.index, a, b, stride_a, stride_b, entry.rank, entry.scale))
+    data = np.zeros(at, storage)
+    for entry, place in zip(entries, placed, strict=True):
+        for part, start, stride in ((entry.a, place.a, place.stride_a), (entry.b, place.b, place.stride_b)):
+            rows = data[start : start + entry.rank * stride].reshape(entry.rank, stride)
+            rows[:, : part.shape[1]] = part if dtype == "float32" else bfloat16_bits(part)
+    header = CompiledHeader(
+        digest=digest, base_sha256=base.sha256, dtype=dtype, kind=kind, nbytes=data.nbytes, entries=placed
+    )
+    return header, data
+
+
+def bfloat16_bits(values: Array) -> NDArray[np.uint16]:
+    """fp32 -> bits of the nearest bf16, ties to even. AdapterError where a finite value becomes infinite."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    if ((rounded & 0x7F80) == 0x7F80).any():
+        raise AdapterError(f"{WEIGHTS}: a value is too large for bfloat16", hint="serve with --adapter-dtype float32")
+    return rounded
+
+
+def open_compiled(path: Path) -> CompiledAdapter:
+    """Map a compiled adapter; AdapterError where the file is not whole."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            prefix = file.read(16)
+            length = struct.unpack("<Q", prefix[8:])[0] if len(prefix) == 16 and prefix[:8] == MAGIC else None
+            if length is None or length > min(size, _MAX_HEADER):
+                raise AdapterError(f"{path.name}: not a compiled adapter")
+            header = msgspec.msgpack.decode(file.read(length), type=CompiledHeader)
+    except (OSError, msgspec.DecodeError) as error:
+        raise AdapterError(f"{path.name}: not a readable compiled adapter: {error}") from error
+    start = _aligned(16 + length)
+    if start + header.nbytes != size:
+        raise AdapterError(f"{path.name}: expected {start + header.nbytes} bytes, found {size}")
+    storage = np.dtype(_STORAGE[header.dtype])
+    data = np.memmap(path, storage, "r", offset=start, shape=(header.nbytes // storage.itemsize,))
+    return CompiledAdapter(header, data)
+
+
+def _write(path: Path, header: CompiledHeader, data: NDArray[Any]) -> None:
+    encoded = msgspec.msgpack.encode(header)
+    prefix = MAGIC + struct.pack("<Q", len(encoded)) + encoded
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with fresh.open("wb") as file:
+        file.write(prefix.ljust(_aligned(len(prefix)), b"\0"))
+        file.write(data.data)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
