@@ -6,10 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 
 from lorikeet.data.synthesize.grammar import Writer
 from lorikeet.data.synthesize.layouts import ASSISTANT, END, USER, Task, informal, object_text, render
+from lorikeet.data.synthesize.lexicon import sections
 
 
 class Command:
@@ -23,15 +23,10 @@ class Command:
 @cache
 def commands() -> dict[str, tuple[Command, ...]]:
     """The patterns of ``patterns/*.txt``; per file: ``# name | name`` and then one pattern a line."""
-    found: dict[str, tuple[Command, ...]] = {}
-    for file in sorted((files("lorikeet.data.synthesize") / "patterns").iterdir(), key=lambda entry: entry.name):
-        if file.name.endswith(".txt"):
-            blocks = ("\n" + file.read_text(encoding="utf-8")).split("\n# ")[1:]
-            parts = [[line for line in block.splitlines() if line.strip()] for block in blocks]
-            found[file.name.removesuffix(".txt")] = tuple(
-                Command([n.strip() for n in head.split("|")], lines) for head, *lines in parts
-            )
-    return found
+    return {
+        file: tuple(Command(heading.split(" | "), lines) for heading, lines in sections("patterns", file))
+        for file in ("voice", "mentions")
+    }
 
 
 def _uttered(w: Writer, command: Command) -> tuple[str, dict[str, str]]:

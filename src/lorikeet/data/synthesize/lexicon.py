@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -22,10 +22,28 @@ class Topic:
     answers: tuple[str, ...]
 
 
-def _texts(folder: str) -> dict[str, str]:
+Section = tuple[str, tuple[str, ...]]
+
+
+@cache
+def _texts(folder: str) -> Mapping[str, str]:
     root = files("lorikeet.data.synthesize") / folder
     entries = sorted((entry for entry in root.iterdir() if entry.name.endswith(".txt")), key=lambda entry: entry.name)
     return {entry.name.removesuffix(".txt"): entry.read_text(encoding="utf-8") for entry in entries}
+
+
+@cache
+def sections(folder: str, file: str) -> tuple[Section, ...]:
+    """The sections of ``folder/file.txt``: what follows ``# `` in the heading line, and the lines below it."""
+    blocks = ("\n" + _texts(folder)[file]).split("\n# ")[1:]
+    parts = [[line.strip() for line in block.splitlines() if line.strip()] for block in blocks]
+    return tuple((heading, tuple(lines)) for heading, *lines in parts)
+
+
+def list_pairs(file: str) -> tuple[tuple[str, str], ...]:
+    """The lines ``left: right`` of ``lists/file.txt``."""
+    split = [line.partition(": ") for _, lines in sections("lists", file) for line in lines]
+    return tuple((left, right) for left, _, right in split)
 
 
 @cache
@@ -50,19 +68,14 @@ def topics() -> tuple[Topic, ...]:
     A topic starts with ``# title | title``, then one line ``> gist | gist``, lines ``- what somebody asks or says``,
     and lines ``+ what the answer says``.
     """
-    found: list[Topic] = []
-    for domain, text in _texts("topics").items():
-        for block in text.split("\n# ")[1:] if not text.startswith("# ") else ("\n" + text).split("\n# ")[1:]:
-            found.append(_topic(domain, block))
-    return tuple(found)
+    return tuple(
+        _topic(domain, heading, lines) for domain in _texts("topics") for heading, lines in sections("topics", domain)
+    )
 
 
-def _topic(domain: str, block: str) -> Topic:
-    heading, *lines = block.strip().splitlines()
+def _topic(domain: str, heading: str, lines: Sequence[str]) -> Topic:
     marked: dict[str, list[str]] = {">": [], "-": [], "+": []}
     for line in lines:
-        if not line.strip():
-            continue
         mark, _, text = line.partition(" ")
         if mark not in marked or not text:
             raise ValueError(f"topics/{domain}.txt, topic {heading!r}: {line!r} starts with none of '> ', '- ', '+ '")

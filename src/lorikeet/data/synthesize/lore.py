@@ -6,8 +6,16 @@ import datetime
 
 from lorikeet.data.synthesize.grammar import Writer
 from lorikeet.data.synthesize.layouts import Task, informal, render
-from lorikeet.data.synthesize.opinions import NEGATIVE, NEUTRAL, NOTES, POSITIVE, SUBJECTS
-from lorikeet.data.synthesize.vocabulary import CATEGORIES, DEFINITIONS, OPPOSITES, SYNONYMS
+from lorikeet.data.synthesize.lexicon import list_pairs, sections
+
+DEFINITIONS, CATEGORIES = list_pairs("definitions"), list_pairs("categories")
+SYNONYMS = [line.split(", ") for _, lines in sections("lists", "synonyms") for line in lines]
+OPPOSITES = [
+    (line.split(", ")[0], line.split(", ")[1]) for _, lines in sections("lists", "opposites") for line in lines
+]
+POSITIVE, NEGATIVE, NEUTRAL = (dict(sections("lists", name)) for name in ("positive", "negative", "neutral"))
+SUBJECTS = [subject for subject in POSITIVE if subject != "any"]
+NOTES = [line for _, lines in sections("lists", "notes") for line in lines]
 
 
 def words(w: Writer) -> str:
