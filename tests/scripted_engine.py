@@ -9,14 +9,13 @@ import os
 import signal
 import sys
 import time
-from typing import Any
 
 from lorikeet.config import EngineConfig
 from lorikeet.engine.process import run
 from lorikeet.engine.wire import EngineInfo, LoaderSettings
 from lorikeet.errors import InvalidRequestError, ModelError, OverloadedError
 from lorikeet.model.spec import ModelSpec
-from lorikeet.types import AdapterInfo, BaseIdentity, Event, Request, TokenLogprob
+from lorikeet.types import AdapterInfo, AdapterStats, BaseIdentity, EngineStats, Event, Request, TokenLogprob
 
 RAISE_IN_STEP = 240  # after two tokens
 DIE = 241  # after two tokens, as by kill -9
@@ -44,7 +43,7 @@ class ScriptedEngine:
 
     def info(self) -> EngineInfo:
         return EngineInfo(
-            model="scripted", family="llama", dtype="float32", device="cpu", max_context=256, vocab_size=256, base=BASE
+            family="llama", dtype="float32", device="cpu", max_context=256, vocab_size=256, base=BASE
         )
 
     def loader_settings(self) -> LoaderSettings:
@@ -109,8 +108,10 @@ class ScriptedEngine:
     def logprob(self, token: int, count: int) -> TokenLogprob:
         return TokenLogprob(token, -0.5, [((token + i) % 256, -0.5 - i) for i in range(count)])
 
-    def stats(self) -> dict[str, Any]:
-        return {"running": len(self.requests), "adapters": len(self.adapters), "pid": os.getpid()}
+    def stats(self) -> EngineStats:
+        zeros = dict.fromkeys(EngineStats.__struct_fields__[:-1], 0)
+        adapters = [AdapterStats(digest=digest, resident=True, bytes=0, hits=0, last_used=0, max_rank=1, running=0) for digest in self.adapters]
+        return EngineStats(**(zeros | {"running": len(self.requests)}), adapters=adapters)
 
 
 if __name__ == "__main__":

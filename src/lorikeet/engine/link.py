@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import zmq
 import zmq.asyncio
@@ -42,7 +42,7 @@ from lorikeet.engine.wire import (
     encode,
 )
 from lorikeet.errors import LorikeetError, UnavailableError
-from lorikeet.types import AdapterInfo, ErrorInfo, Event, Request
+from lorikeet.types import AdapterInfo, EngineStats, ErrorInfo, Event, Request
 
 log = logging.getLogger("lorikeet.link")
 
@@ -102,7 +102,7 @@ class EngineClient:
         self._streams: dict[str, EventStream] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._adapters: dict[str, AdapterInfo] = {}  # by folder, told again to a restarted engine
+        self._held: dict[str, AdapterInfo] = {}  # by digest; told again to a restarted engine
         self._resolving: dict[str, asyncio.Future[AdapterInfo]] = {}
         self._jobs: dict[int, asyncio.Future[Any]] = {}
         self._next_job = 0
@@ -205,15 +205,28 @@ class EngineClient:
     def _resolved(self, key: str, future: asyncio.Future[AdapterInfo]) -> None:
         del self._resolving[key]
         if not future.cancelled() and future.exception() is None:
-            self._adapters[key] = future.result()
+            adapter = future.result()
+            self._held[adapter.digest] = adapter
 
-    async def stats(self) -> dict[str, Any]:
+    async def stats(self) -> EngineStats:
         """The engine's counters and gauges of this moment."""
-        self._require_engine()
+        answer = await self._ask_stats()
+        return answer.stats
+
+    async def loader_pid(self) -> int:
+        return (await self._ask_stats()).loader_pid
+
+    async def _ask_stats(self) -> Stats:
+        if not self._ready:
+            self._require_engine()
         job, future = self._new_job()
         self._send(AskStats(job))
-        result: dict[str, Any] = await future
-        return result
+        answer: Stats = await future
+        return answer
+
+    def holds(self, adapter: AdapterInfo) -> bool:
+        """The adapter is known to the engine that runs now."""
+        return adapter.digest in self._held
 
     def _new_job(self) -> tuple[int, asyncio.Future[Any]]:
         self._next_job += 1
@@ -303,7 +316,7 @@ class EngineClient:
             case Stats():
                 future = self._jobs.pop(message.job, None)
                 if future is not None and not future.done():
-                    future.set_result(message.stats)
+                    future.set_result(message)
             case Ready():
                 self._now_ready(message.info)
             case Failed():
@@ -311,11 +324,11 @@ class EngineClient:
                 log.error("the engine could not start: %s", message.error.message)
 
     def _now_ready(self, info: EngineInfo) -> None:
-        for folder, adapter in list(self._adapters.items()):
+        for adapter in list(self._held.values()):
             if Path(adapter.path).exists():
                 self._send(Register(adapter))
-            else:
-                del self._adapters[folder]
+            else:  # the compiled file was removed: the next request compiles the adapter again
+                del self._held[adapter.digest]
         self.info = info
         self.last_error = None
         self._ready = True
@@ -347,9 +360,8 @@ class EngineClient:
     def _send(self, message: ToEngine) -> None:
         """Queue a message. Without a high-water mark it never blocks; an engine that is gone owes no answer."""
         if self._socket is not None:
-            sent = self._socket.send(encode(message))
-            if sent is not None:
-                sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+            sent = cast("asyncio.Future[Any]", self._socket.send(encode(message)))
+            sent.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def _exit_text(code: int) -> str:

@@ -14,9 +14,9 @@ from collections import deque
 from pathlib import Path
 from typing import IO
 
-import msgspec
 import zmq
 
+from lorikeet.adapters.compiled import compile_adapter
 from lorikeet.engine.lifeline import child_command, die_with_parent
 from lorikeet.engine.wire import (
     Compile,
@@ -156,10 +156,15 @@ def run_jobs(address: str) -> None:
 
 
 def compile_one(job: Compile, settings: LoaderSettings) -> Resolved:
-    from lorikeet.adapters.compiled import compile_adapter
-
     try:
-        adapter = compile_adapter(Path(job.folder), **msgspec.structs.asdict(settings))
+        adapter = compile_adapter(
+            Path(job.folder),
+            settings.spec,
+            settings.base,
+            settings.dtype,
+            Path(settings.cache),
+            settings.allow_lock_mismatch,
+        )
     except LorikeetError as error:
         return Resolved(job.job, error=error.info())
     except Exception as error:
@@ -173,9 +178,6 @@ def main() -> None:
     die_with_parent()
     os.nice(NICENESS)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(name)s: %(message)s")
-    import torch
-
-    torch.set_num_threads(1)
     run_jobs(sys.argv[1])
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import zmq
 
@@ -38,7 +38,7 @@ from lorikeet.engine.wire import (
     encode,
 )
 from lorikeet.errors import LorikeetError, UnavailableError
-from lorikeet.types import AdapterInfo, ErrorInfo, Event, Request
+from lorikeet.types import AdapterInfo, EngineStats, ErrorInfo, Event, Request
 
 log = logging.getLogger("lorikeet.engine")
 
@@ -49,7 +49,7 @@ LAST_WORDS = 2000  # milliseconds to hand over the last events
 
 
 class ServedEngine(Protocol):
-    """What the loop needs of an engine; `engine.Engine` is one."""
+    """What the loop needs of an engine; `hosted.HostedEngine` is one."""
 
     def info(self) -> EngineInfo: ...
     def loader_settings(self) -> LoaderSettings: ...
@@ -58,7 +58,7 @@ class ServedEngine(Protocol):
     def cancel(self, request_id: str) -> None: ...
     def step(self) -> list[Event]: ...
     def has_work(self) -> bool: ...
-    def stats(self) -> dict[str, Any]: ...
+    def stats(self) -> EngineStats: ...
 
 
 BuildEngine = Callable[[EngineConfig], ServedEngine]
@@ -134,7 +134,7 @@ class EngineProcess:
         else:
             timeout = CONNECT_POLL if self._loader.waits_for_connection else IDLE_POLL
         poller.poll(timeout)
-        while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while self._socket.poll(0):
             self._handle(self._socket.recv())
         for resolved in self._loader.poll():
             self._finish_resolve(resolved)
@@ -151,7 +151,7 @@ class EngineProcess:
             case Register():
                 self._engine.register(message.adapter)
             case AskStats():
-                self._send(Stats(message.job, self._engine.stats() | {"loader_pid": self._loader.pid}))
+                self._send(Stats(message.job, self._engine.stats(), self._loader.pid))
             case Stop():
                 self._stopped = True
 
@@ -213,9 +213,9 @@ def run(build: BuildEngine, loader_command: list[str] | None = None) -> int:
 
 
 def main() -> int:
-    from lorikeet.engine.engine import Engine
+    from lorikeet.engine.hosted import HostedEngine
 
-    return run(Engine.build)
+    return run(HostedEngine.build)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import msgspec
 
 from lorikeet.config import EngineConfig
 from lorikeet.model.spec import ModelSpec
-from lorikeet.types import AdapterInfo, BaseIdentity, ErrorInfo, Event, Request
+from lorikeet.types import AdapterInfo, BaseIdentity, EngineStats, ErrorInfo, Event, Request
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -18,18 +18,16 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a ready engine says of itself. Sizes in bytes."""
 
-    model: str
+    base: BaseIdentity
     family: str
     dtype: str
     device: str
     max_context: int
     vocab_size: int
-    base: BaseIdentity
     parameters: int = 0
-    weight_bytes: int = 0
     kv_bytes: int = 0
     kv_tokens: int = 0
-    adapter_bytes: int = 0  # the budget of the adapter slab
+    slab_bytes: int = 0
     adapter_dtype: str = ""
 
 
@@ -101,7 +99,8 @@ class Resolved(Message, frozen=True):
 
 class Stats(Message, frozen=True):
     job: int
-    stats: dict[str, Any]
+    stats: EngineStats
+    loader_pid: int
 
 
 FromEngine = Ready | Failed | Events | Resolved | Stats
@@ -115,7 +114,7 @@ class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     spec: ModelSpec
     base: BaseIdentity
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     cache: str
     allow_lock_mismatch: bool
 
