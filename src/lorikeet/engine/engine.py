@@ -1,0 +1,199 @@
+"""The engine: requests in, events out, one step at a time. One process, one thread, one model."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from typing import Self
+from pathlib import Path
+
+import torch
+from msgspec.structs import replace
+
+from lorikeet.adapters.compiled import CompiledAdapter, open_compiled
+from lorikeet.config import EngineConfig
+from lorikeet.engine.blocks import BlockPool, root_key
+from lorikeet.engine.grammar import Choices
+from lorikeet.engine.request import Sequence, check_prompt, check_sampling, effective_sampling
+from lorikeet.engine.residency import Residency
+from lorikeet.engine.runner import Runner
+from lorikeet.engine.scheduler import Scheduler
+from lorikeet.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes
+from lorikeet.engine.slab import AdapterSlab
+from lorikeet.errors import InvalidRequestError, NotFoundError
+from lorikeet.model.decoder import DecoderWeights, Ops
+from lorikeet.model.spec import ModelSpec
+from lorikeet.types import AdapterInfo, BaseIdentity, EngineStats, Event, Request, SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves one base model and any number of registered adapters.
+
+    `add` and `cancel` between steps; `step` while `has_work`. Every request that `add` took gets exactly one event
+    with `finish` set, its last.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        base: BaseIdentity,
+        weights: DecoderWeights,
+        ops: Ops,
+        sizes: Sizes,
+        config: EngineConfig,
+        open_adapter: Callable[[Path], CompiledAdapter] = open_compiled,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.spec, self.base, self.sizes, self.config = spec, base, sizes, config
+        self.max_context = sizes.max_context
+        self._clock = clock
+        self._stop_ids = frozenset(base.stop_ids) | frozenset(spec.eos_ids)
+        self._arrivals = self._steps = 0
+        self._blocks = BlockPool(sizes.blocks)
+        self._residency = Residency(sizes.slab_bytes, clock=clock)
+        self._scheduler = Scheduler(
+            self._blocks,
+            self._residency,
+            block_size=config.block_size,
+            max_seqs=config.max_seqs,
+            step_tokens=config.step_tokens,
+            logit_rows=sizes.logit_rows,
+            queue=config.queue,
+            prefix_cache=config.prefix_cache,
+        )
+        self._runner = Runner(
+            spec,
+            weights,
+            ops,
+            AdapterSlab(sizes.slab_bytes, len(spec.sites), sizes.adapter_dtype, open_adapter),
+            blocks=sizes.blocks,
+            block_size=config.block_size,
+            max_seqs=config.max_seqs,
+            max_context=sizes.max_context,
+            dtype=sizes.dtype,
+        )
+
+    @classmethod
+    def build(cls, config: EngineConfig) -> Self:
+        """Load the model, pick the kernels, choose the sizes. Raises ModelError or ConfigError."""
+        from lorikeet import kernels
+        from lorikeet.model import sources
+        from lorikeet.model import weights as model_weights
+
+        device = choose_device(config)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        dtype = choose_dtype(config.dtype)
+        started = time.perf_counter()
+        folder = sources.find_model(config.model)
+        ops = kernels.pick(device)
+        spec, weights = model_weights.load(folder, dtype, ops.make_weight)
+        base = sources.identify(folder, config.model)
+        sizes = choose_sizes(config, spec, dtype)
+        engine = cls(spec, base, weights, ops, sizes, config)
+        log.info(
+            "%s (%s) ready in %.1f s: %s, context %d, %d sequences, cache %.0f MiB (%d tokens), adapters %.0f MiB %s",
+            base.name,
+            spec.family,
+            time.perf_counter() - started,
+            str(dtype).removeprefix("torch."),
+            sizes.max_context,
+            config.max_seqs,
+            sizes.kv_bytes / 2**20,
+            sizes.blocks * config.block_size,
+            sizes.slab_bytes / 2**20,
+            str(sizes.adapter_dtype).removeprefix("torch."),
+        )
+        return engine
+
+    def register(self, info: AdapterInfo) -> None:
+        """Make a compiled adapter known under its digest. Raises AdapterError when it could never fit."""
+        self._residency.register(info)
+
+    def add(self, request: Request) -> None:
+        """Take a request, or raise a LorikeetError that says why not.
+
+        Generation ends at `sampling.stop_token_ids` and at the base's own stop ids, unless `ignore_eos`; the stop
+        token is the last of the event's tokens. It ends with "length" after `max_tokens` or where the context ends.
+        """
+        sampling = effective_sampling(request)
+        check_sampling(sampling, self.spec.vocab_size)
+        check_prompt(request.tokens, self.spec.vocab_size, self.max_context, generates=sampling.max_tokens > 0)
+        if request.adapter is not None and not self._residency.knows(request.adapter):
+            raise NotFoundError(f"adapter: no adapter with digest {request.adapter!r} is registered", param="adapter")
+        if self._scheduler.knows(request.request_id):
+            raise InvalidRequestError(f"request_id: {request.request_id!r} is in use", param="request_id")
+        limit = min(len(request.tokens) + sampling.max_tokens, self.max_context)
+        stop_ids = self._stop_ids.union(sampling.stop_token_ids)
+        choices = None
+        if sampling.choices is not None:
+            self._check_room(len(request.tokens), max(map(len, sampling.choices)))
+            choices = Choices(sampling.choices, stop_ids)
+        sequence = Sequence(
+            request=_with(request, sampling),
+            arrival=self._arrivals,
+            seed=_seed(sampling.seed),
+            limit=limit,
+            stop_ids=frozenset() if sampling.ignore_eos else stop_ids,
+            root=root_key(self.base.sha256, request.tenant),
+            choices=choices,
+        )
+        self._scheduler.add(sequence, self._clock())
+        self._arrivals += 1
+
+    def cancel(self, request_id: str) -> None:
+        """End a request: its blocks are free at once, its final event comes from the next step."""
+        self._scheduler.cancel(request_id)
+
+    def step(self) -> list[Event]:
+        """Schedule, run, update."""
+        plan = self._scheduler.schedule(self._clock())
+        outcome = self._runner.run(plan)
+        self._steps += 1
+        return self._scheduler.update(plan, outcome)
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._scheduler.has_work
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of now."""
+        scheduler, blocks, residency = self._scheduler, self._blocks, self._residency
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=blocks.total,
+            blocks_free=blocks.free,
+            blocks_cached=blocks.cached,
+            block_size=self.config.block_size,
+            kv_bytes=self.sizes.kv_bytes,
+            slab_used=residency.used,
+            slab_total=residency.budget,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+            prefill_tokens=scheduler.prefill_tokens,
+            decode_tokens=scheduler.decode_tokens,
+            finished=scheduler.finished,
+            adapters=residency.stats(),
+        )
+
+    def _check_room(self, prompt: int, longest: int) -> None:
+        if prompt + longest > self.max_context:
+            raise InvalidRequestError(
+                f"choices: the longest has {longest} tokens, the context has {self.max_context - prompt} left",
+                param="choices",
+            )
+
+
+def _with(request: Request, sampling: SamplingParams) -> Request:
+    return request if sampling is request.sampling else replace(request, sampling=sampling)
+
+
+def _seed(seed: int | None) -> int:
+    """As an unsigned 64-bit number; drawn where none is given."""
+    return secrets.randbits(64) if seed is None else seed % 2**64

@@ -1,0 +1,426 @@
+"""Who runs in the next step. Plain policy, no torch: the same class runs in tests and simulations."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
+
+from lorikeet.engine.blocks import BlockPool, block_key
+from lorikeet.engine.fairness import FairQueues
+from lorikeet.engine.request import Sequence, Status
+from lorikeet.engine.residency import Instruction, Place, Residency
+from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
+from lorikeet.types import ErrorInfo, Event, FinishReason, SamplingParams, ScheduledSequence, TokenLogprob
+
+
+@dataclass(slots=True)
+class SlotLoad:
+    """A sequence takes a slot: its tokens so far, its blocks, its adapter's handle (-1 is the base)."""
+
+    slot: int
+    tokens: list[int]
+    blocks: list[int]
+    handle: int
+    sampling: SamplingParams
+    seed: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step, for the runner: carried out in the order of the fields. Nothing is ever copied between blocks."""
+
+    adapters: list[Instruction] = field(default_factory=list)
+    loads: list[SlotLoad] = field(default_factory=list)
+    blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (slot, index in the sequence, blocks)
+    tokens: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (slot, position, tokens not sampled)
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    allowed: dict[int, list[int]] = field(default_factory=dict)  # slot -> the only tokens that may be sampled
+    token_count: int = 0
+    logit_rows: int = 0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the runner reports of a step, by slot. A slot in `failed` has no token."""
+
+    tokens: dict[int, int] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    failed: dict[int, ErrorInfo] = field(default_factory=dict)
+    failed_adapters: dict[str, ErrorInfo] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Continuous batching over one block pool and one adapter slab.
+
+    A step decodes every running sequence that can, then goes on with prompts in chunks, then admits waiting
+    requests, under `step_tokens` tokens and `logit_rows` rows of logits in all. When blocks run out the latest arrival
+    gives up its place and is recomputed later. A request whose adapter is not resident waits in its own queue.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockPool,
+        residency: Residency,
+        *,
+        block_size: int,
+        max_seqs: int,
+        step_tokens: int,
+        logit_rows: int,
+        queue: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        assert logit_rows > max_seqs and step_tokens >= max_seqs
+        self.blocks, self.residency = blocks, residency
+        self.block_size, self.step_tokens, self.logit_rows = block_size, step_tokens, logit_rows
+        self.max_seqs, self.queue, self.prefix_cache = max_seqs, queue, prefix_cache
+        self.waiting = FairQueues()
+        self.running: list[Sequence] = []  # by arrival
+        self._by_id: dict[str, Sequence] = {}
+        self._by_slot: dict[int, Sequence] = {}
+        self._free_slots = list(range(max_seqs))
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._events: list[Event] = []
+        self._finish_times: deque[float] = deque(maxlen=64)
+        self._now = 0.0
+        self.preemptions = self.prefill_tokens = self.decode_tokens = self.prefix_hit_tokens = self.finished = 0
+
+    # --- requests come and go ---------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence, now: float) -> None:
+        """Queue a sequence. Raises OverloadedError when the queue is full."""
+        if len(self.waiting) >= self.queue:
+            raise OverloadedError(
+                f"{len(self.waiting)} requests are waiting, the queue holds {self.queue}",
+                hint="try again later or serve with a larger --queue",
+                retry_after=self._retry_after(now),
+            )
+        self._by_id[sequence.request.request_id] = sequence
+        deadline = sequence.request.deadline
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, sequence.arrival, sequence))
+        self.waiting.enter(sequence)
+
+    def knows(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
+    def cancel(self, request_id: str) -> None:
+        """End a request. Its blocks are free at once; a request that is not there has ended already."""
+        sequence = self._by_id.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, "cancelled")
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id or self._events or self.residency.loading)
+
+    def _retry_after(self, now: float) -> float:
+        """Seconds until about a tenth of the queue is done, at the pace of the latest requests."""
+        if len(self._finish_times) < 2:
+            return 1.0
+        pace = len(self._finish_times) / max(now - self._finish_times[0], 1e-3)
+        return min(max(len(self.waiting) / 10 / pace, 1.0), 60.0)
+
+    # --- planning ---------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Plan:
+        """The next step. Follow it by `update` with what came of it."""
+        self._now = now
+        self._expire(now)
+        plan = Plan()
+        preempted = self.preemptions
+        self._decode(plan)
+        self._prefill(plan)
+        if self.preemptions == preempted:  # else the sequence that just gave way would come straight back
+            self._admit(plan)
+        plan.adapters = self.residency.instructions()
+        return plan
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            if sequence.status is not Status.FINISHED:
+                made = len(sequence.tokens) - sequence.prompt_length
+                error = DeadlineError(f"deadline: passed after {made} generated tokens", param="deadline")
+                self._finish(sequence, "error", error.info())
+
+    def _decode(self, plan: Plan) -> None:
+        for sequence in tuple(self.running):
+            if sequence.status is Status.RUNNING and sequence.decodes and self._grow(sequence, plan):
+                count = self._chunk(sequence, plan)
+                if count > 0:
+                    self._run(sequence, count, plan)
+
+    def _prefill(self, plan: Plan) -> None:
+        prompts = [sequence for sequence in self.running if not sequence.decodes]
+        prompts.sort(key=lambda sequence: (self.waiting.served(sequence.adapter), sequence.arrival))
+        for sequence in prompts:
+            count = self._chunk(sequence, plan)
+            if count > 0:
+                self._run(sequence, count, plan)
+
+    def _admit(self, plan: Plan) -> None:
+        """Admit waiting requests, least served adapter first.
+
+        A shortage of slots, blocks or tokens ends the round, so that nobody is overtaken for good; a missing adapter
+        holds up its own queue only.
+        """
+        stuck = False  # an adapter waits for room in the slab; nobody less deserving may ask before it
+        for adapter in self.waiting.turns():
+            if not self._free_slots or plan.token_count >= self.step_tokens:
+                return
+            if adapter is not None:
+                place = self._place(adapter, stuck)
+                stuck |= place is Place.FULL
+                if place is not Place.RESIDENT:
+                    continue
+            sequence = self.waiting.head(adapter)
+            if not self._take_blocks(sequence):
+                return
+            count = self._chunk(sequence, plan)
+            if count <= 0:
+                self._give_blocks(sequence)
+                return
+            self._start(self.waiting.pop(adapter), plan)
+            self._run(sequence, count, plan)
+
+    def _place(self, adapter: str, stuck: bool) -> Place:
+        if self.waiting.held_back(adapter):
+            return Place.LOADING
+        place = self.residency.place(adapter)
+        if place is Place.FULL and not stuck:
+            if not self.residency.fits(adapter):
+                self._fail_adapter(adapter, AdapterError("adapter: the pinned ones leave no room for it").info())
+                return Place.LOADING
+            place = self.residency.ensure(adapter, keep=self.waiting.wanted())
+            if place is Place.FULL:
+                self.waiting.make_way(adapter, self.residency.size(adapter), self.residency.movable())
+        if place is not Place.FULL:
+            self.waiting.made_way(adapter)
+        return place
+
+    def _chunk(self, sequence: Sequence, plan: Plan) -> int:
+        """How many tokens of a sequence fit into what is left of the step; those that must be scored count as rows."""
+        rows = self.logit_rows - plan.logit_rows
+        count = min(sequence.pending, self.step_tokens - plan.token_count)
+        unscored = sequence.unscored
+        if rows <= 0 or not unscored:
+            return count if rows > 0 else 0
+        free_of_charge = max(unscored.start - sequence.computed, 0)
+        return min(count, free_of_charge + rows - 1)
+
+    def _run(self, sequence: Sequence, count: int, plan: Plan) -> None:
+        start, stop = sequence.computed, sequence.computed + count
+        samples = stop == len(sequence.tokens) and sequence.generates
+        unscored = sequence.unscored
+        score_start, score_stop = max(start, unscored.start), min(stop, unscored.stop)
+        if score_start >= score_stop:
+            score_start = score_stop = 0
+        plan.sequences.append(ScheduledSequence(sequence.slot, start, count, samples, score_start, score_stop))
+        if samples and sequence.choices is not None:
+            plan.allowed[sequence.slot] = sequence.choices.allowed()
+        if sequence.unsent:
+            position = len(sequence.tokens) - sequence.unsent
+            plan.tokens.append((sequence.slot, position, sequence.tokens[position:]))
+            sequence.unsent = 0
+        plan.token_count += count
+        plan.logit_rows += samples + score_stop - score_start
+        self.waiting.charge(sequence.adapter, count)
+
+    # --- slots and blocks -------------------------------------------------------------------------------------
+
+    def _start(self, sequence: Sequence, plan: Plan) -> None:
+        sequence.slot = heapq.heappop(self._free_slots)
+        sequence.status = Status.RUNNING
+        sequence.admissions += 1
+        sequence.unsent = 0
+        handle = -1
+        if sequence.adapter is not None:
+            self.residency.acquire(sequence.adapter)
+            handle = self.residency.handle(sequence.adapter)
+        self._by_slot[sequence.slot] = sequence
+        insort(self.running, sequence, key=lambda running: running.arrival)
+        plan.loads.append(
+            SlotLoad(sequence.slot, sequence.tokens, list(sequence.blocks), handle, sequence.sampling, sequence.seed)
+        )
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a running sequence out: slot, blocks and adapter are free again."""
+        self.running.remove(sequence)
+        del self._by_slot[sequence.slot]
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.slot = -1
+        self._give_blocks(sequence)
+        if sequence.adapter is not None:
+            self.residency.release(sequence.adapter)
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Blocks for all tokens known so far, those of the longest cached beginning among them, or none at all.
+
+        At least one token is left to compute, and the block it is written to is the sequence's own.
+        """
+        found: list[int] = []
+        if self.prefix_cache:
+            reusable = sequence.scored if sequence.scores_prompt and sequence.unscored else len(sequence.tokens) - 1
+            found = self.blocks.match(self._keys(sequence, min(reusable, len(sequence.tokens) - 1) // self.block_size))
+        needed = self._blocks_for(len(sequence.tokens)) - len(found)
+        room = self.blocks.free - self.blocks.idle(found)
+        if needed + len(self.running) > room and (self.running or needed > room):  # leave a block for each to grow
+            return False
+        self.blocks.retain(found)
+        sequence.blocks = found + self.blocks.allocate(needed)
+        sequence.computed = len(found) * self.block_size
+        sequence.published = len(found)
+        if sequence.admissions == 0:
+            sequence.cached_tokens = sequence.computed
+            self.prefix_hit_tokens += sequence.computed
+        return True
+
+    def _give_blocks(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = 0
+
+    def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+        """Blocks for the tokens that have none; False when the sequence itself had to give way."""
+        index = len(sequence.blocks)
+        needed = self._blocks_for(len(sequence.tokens)) - index
+        if needed <= 0:
+            return True
+        while self.blocks.free < needed:
+            victim = self.running[-1]  # not in the plan yet: sequences are taken by arrival
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        new = self.blocks.allocate(needed)
+        sequence.blocks += new
+        plan.blocks.append((sequence.slot, index, new))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.status = Status.WAITING
+        self.waiting.push_back(sequence)
+        self.preemptions += 1
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
+        """Keys of the first `count` blocks, which must be full."""
+        keys, size = sequence.keys, self.block_size
+        mask = bytes([sequence.adapter is not None]) * size
+        while len(keys) < count:
+            parent = keys[-1] if keys else sequence.root
+            start = len(keys) * size
+            keys.append(block_key(parent, sequence.tokens[start : start + size], mask, sequence.adapter))
+        return keys[:count]
+
+    def _publish(self, sequence: Sequence) -> None:
+        full = sequence.computed // self.block_size
+        if not self.prefix_cache or full <= sequence.published:
+            return
+        keys = self._keys(sequence, full)
+        for index in range(sequence.published, full):
+            self.blocks.publish(sequence.blocks[index], keys[index])
+        sequence.published = full
+
+    # --- what came of it --------------------------------------------------------------------------------------
+
+    def update(self, plan: Plan, outcome: Outcome) -> list[Event]:
+        """Take in a step's outcome; the events to send, those of cancelled and expired requests among them."""
+        for instruction in plan.adapters:
+            digest = getattr(instruction, "digest", None)
+            if digest is not None and digest not in outcome.failed_adapters:
+                self.residency.arrived(digest)
+        for digest, error in outcome.failed_adapters.items():
+            self.residency.failed(digest)
+            self._fail_adapter(digest, error)
+        for item in plan.sequences:
+            self._advance(self._by_slot[item.slot], item, outcome)
+        events, self._events = self._events, []
+        return events
+
+    def _advance(self, sequence: Sequence, item: ScheduledSequence, outcome: Outcome) -> None:
+        if item.slot in outcome.failed:
+            self._finish(sequence, "error", outcome.failed[item.slot])
+            return
+        sequence.computed += item.count
+        if item.score_stop > item.score_start:
+            sequence.scores += outcome.prompt_logprobs[item.slot]
+            sequence.scored = item.score_stop
+        self._publish(sequence)
+        if not item.samples:
+            self.prefill_tokens += item.count
+            if sequence.pending == 0:  # nothing to generate
+                self._finish(sequence, "length")
+            return
+        self.prefill_tokens += item.count - 1
+        self.decode_tokens += 1
+        self._append(sequence, outcome.tokens[item.slot], outcome.logprobs.get(item.slot))
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        new = [token]
+        finish: FinishReason | None = None
+        if sequence.choices is not None:
+            sequence.choices.advance(token)
+            if logprob is None:  # what has no alternative needs no forward pass of its own
+                new += sequence.choices.forced()
+                sequence.unsent = len(new) - 1
+            finish = "stop" if sequence.choices.done else None
+        elif token in sequence.stop_ids:
+            finish = "stop"
+        sequence.tokens += new
+        if finish is None and len(sequence.tokens) >= sequence.limit:
+            finish = "length"
+        logprobs = None if logprob is None else [logprob]
+        if finish is not None:
+            self._finish(sequence, finish, tokens=new, logprobs=logprobs)
+        else:
+            self._events.append(self._event(sequence, tokens=new, logprobs=logprobs))
+
+    def _event(
+        self,
+        sequence: Sequence,
+        finish: FinishReason | None = None,
+        error: ErrorInfo | None = None,
+        tokens: list[int] | None = None,
+        logprobs: list[TokenLogprob] | None = None,
+    ) -> Event:
+        scores = None
+        if sequence.scores_prompt and sequence.scores and not sequence.unscored and error is None:
+            scores, sequence.scores = sequence.scores, []  # said once
+        return Event(
+            request_id=sequence.request.request_id,
+            tokens=tokens or [],
+            logprobs=logprobs,
+            prompt_logprobs=scores,
+            cached_tokens=sequence.cached_tokens,
+            finish=finish,
+            error=error,
+        )
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        finish: FinishReason,
+        error: ErrorInfo | None = None,
+        tokens: list[int] | None = None,
+        logprobs: list[TokenLogprob] | None = None,
+    ) -> None:
+        if sequence.status is Status.RUNNING:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self.waiting.leave(sequence)
+        sequence.status = Status.FINISHED
+        del self._by_id[sequence.request.request_id]
+        self.finished += 1
+        self._finish_times.append(self._now)
+        self._events.append(self._event(sequence, finish, error, tokens, logprobs))
+
+    def _fail_adapter(self, adapter: str, error: ErrorInfo) -> None:
+        for sequence in list(self.waiting.of(adapter)):
+            self._finish(sequence, "error", error)

@@ -1,0 +1,92 @@
+"""The slab of resident adapters: one flat buffer, and the table that kernels read. Carries out what residency says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, open_compiled
+from lorikeet.engine.residency import AdapterMove, Instruction
+from lorikeet.errors import AdapterError, LorikeetError
+from lorikeet.kernels.batch import Slab
+from lorikeet.types import AdapterCopy, ErrorInfo
+
+
+class AdapterSlab:
+    """`nbytes` bytes of adapters in `dtype` for a model of `sites` sites."""
+
+    def __init__(
+        self,
+        nbytes: int,
+        sites: int,
+        dtype: torch.dtype,
+        open_adapter: Callable[[Path], CompiledAdapter] = open_compiled,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.slab = Slab(
+            data=torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device),
+            table=torch.zeros((16, sites, 5), dtype=torch.int64),
+            scale=torch.zeros((16, sites)),
+        )
+        self._bytes = self.slab.data.view(torch.uint8)
+        self._open = open_adapter
+
+    def carry_out(self, instructions: Sequence[Instruction]) -> dict[str, ErrorInfo]:
+        """Do what residency says, in order; adapters that cannot be read, with the reason."""
+        failed = {}
+        for instruction in instructions:
+            if isinstance(instruction, AdapterCopy):
+                try:
+                    self._copy(instruction)
+                except LorikeetError as error:
+                    failed[instruction.digest] = error.info()
+                except OSError as error:
+                    failed[instruction.digest] = AdapterError(f"{instruction.path}: {error}").info()
+            elif isinstance(instruction, AdapterMove):
+                self._move(instruction)
+            else:
+                self.slab.table[instruction.handle] = 0
+        return failed
+
+    def _copy(self, copy: AdapterCopy) -> None:
+        adapter = self._open(Path(copy.path))
+        header = adapter.header
+        if (header.digest, header.nbytes, header.dtype) != (copy.digest, copy.nbytes, self.dtype):
+            raise AdapterError(
+                f"{copy.path}: expected {copy.nbytes} bytes of {self.dtype} for {copy.digest[:12]}, "
+                f"found {header.nbytes} bytes of {header.dtype} for {header.digest[:12]}"
+            )
+        source = adapter.data.view(np.uint8)[copy.start : copy.start + copy.count]
+        target = self._bytes[copy.offset + copy.start : copy.offset + copy.start + copy.count]
+        if target.device.type == "cpu":
+            target.numpy()[:] = source  # straight out of the page cache
+        else:
+            target.copy_(torch.from_numpy(np.array(source)))
+        if copy.start + copy.count == copy.nbytes:
+            self._install(copy, header.entries)
+
+    def _install(self, copy: AdapterCopy, entries: Sequence[CompiledEntry]) -> None:
+        table, scale = self.slab.table, self.slab.scale
+        if copy.handle >= len(table):
+            more = max(copy.handle + 1, 2 * len(table)) - len(table)
+            self.slab.table = table = torch.cat((table, table.new_zeros((more, *table.shape[1:]))))
+            self.slab.scale = scale = torch.cat((scale, scale.new_zeros((more, scale.shape[1]))))
+        base = copy.offset // self.slab.data.itemsize
+        sites = torch.tensor([e.site for e in entries], dtype=torch.int64)
+        rows = [(base + e.a, base + e.b, e.stride_a, e.stride_b, e.rank) for e in entries]
+        table[copy.handle] = 0
+        scale[copy.handle] = 0
+        table[copy.handle, sites] = torch.tensor(rows, dtype=torch.int64)
+        scale[copy.handle, sites] = torch.tensor([e.scale for e in entries])
+
+    def _move(self, move: AdapterMove) -> None:
+        source = self._bytes[move.source : move.source + move.nbytes]
+        if move.source - move.target < move.nbytes:
+            source = source.clone()
+        self._bytes[move.target : move.target + move.nbytes] = source
+        if move.handle < len(self.slab.table):
+            self.slab.table[move.handle, :, :2] -= (move.source - move.target) // self.slab.data.itemsize
