@@ -62,11 +62,10 @@ class Corpus:
 
 def read_records(path: Path) -> Iterator[str]:
     """Records of a plain or gzipped UTF-8 file, separated by U+001E; a file without one is a single record."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        for record in file.read().split(RECORD_SEPARATOR):
-            if record.strip():
-                yield record.strip()
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    for record in content.decode("utf-8").split(RECORD_SEPARATOR):
+        if record.strip():
+            yield record.strip()
 
 
 def within(documents: Iterable[str], characters: int) -> Iterator[str]:

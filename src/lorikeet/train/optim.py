@@ -27,7 +27,8 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+    result: Tensor = x.mT if tall else x
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,4 +130,5 @@ class Muon:
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all gradients together, an fp32 scalar."""
-    return torch.stack([grad.float().norm() for grad in grads]).norm()
+    norm: Tensor = torch.stack([grad.float().norm() for grad in grads]).norm()
+    return norm

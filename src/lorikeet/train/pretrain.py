@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -144,9 +145,8 @@ class _Sources:
         found = []
         for source in self.recipe.sources:
             began = time.monotonic()
-            corpus = tokenised(
-                source.name, lambda s=source: self._records(s), self._content(source), tokenizer, cache
-            )
+            records = partial(self._records, source)
+            corpus = tokenised(source.name, records, self._content(source), tokenizer, cache)
             console.print(
                 f"{source.name}: {len(corpus.tokens):,} tokens, {len(corpus.held_out):,} held out, "
                 f"{time.monotonic() - began:.0f} s"
@@ -168,9 +168,7 @@ class PretrainRun:
         plan = recipe.optimization
         self.muon = Muon(matrices, momentum=plan.momentum, weight_decay=plan.weight_decay)
         self.adamw = AdamW(others)
-        self.schedule = TrapezoidalSchedule(
-            warmup=plan.warmup_tokens, total=plan.tokens, decay=plan.decay_tokens
-        )
+        self.schedule = TrapezoidalSchedule(warmup=plan.warmup_tokens, total=plan.tokens, decay=plan.decay_tokens)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.corpora: list[Corpus] = []
         self.taken: dict[str, int] = {}
@@ -193,9 +191,7 @@ class PretrainRun:
 
     def end_with_decay(self, tokens: int) -> None:
         """Let the learning rate fall to zero over the next `tokens` tokens, and the run end there."""
-        self.schedule = TrapezoidalSchedule(
-            warmup=self.schedule.warmup, total=self.tokens + tokens, decay=tokens
-        )
+        self.schedule = TrapezoidalSchedule(warmup=self.schedule.warmup, total=self.tokens + tokens, decay=tokens)
 
     def train(self, until: int | None = None, minutes: float | None = None) -> None:
         """Train until the schedule's end, `until` tokens in all, `minutes` from now, or SIGTERM; then checkpoint."""
@@ -243,7 +239,7 @@ class PretrainRun:
         for _ in range(plan.micro_batches):
             rows = self.mixture.rows(plan.micro_tokens // length, length + 1)
             loss = self.loss(self.working.weights, rows)
-            (loss / plan.micro_batches).backward()  # type: ignore[no-untyped-call]
+            (loss / plan.micro_batches).backward()
             total += loss.item() / plan.micro_batches
         grads = self.working.grads()
         factor = self.schedule(self.tokens)
@@ -341,9 +337,7 @@ class PretrainRun:
         self.console.print(f"step {self.step} exported to {folder}")
 
 
-def bits_per_byte(
-    spec: ModelSpec, weights: DecoderWeights, rows: Tensor, byte_lengths: Tensor
-) -> tuple[float, float]:
+def bits_per_byte(spec: ModelSpec, weights: DecoderWeights, rows: Tensor, byte_lengths: Tensor) -> tuple[float, float]:
     """(nats a token, bits a byte of text) over rows [n, length + 1], each token from those before it in its row."""
     nats, text = 0.0, 0
     with torch.inference_mode():

@@ -47,6 +47,7 @@ def export_model(
         count = sum(value.numel() for value in masters.values())
         (new / "README.md").write_text(model_card(recipe, spec, count, facts), encoding="utf-8")
         for file in sorted(new.iterdir()):
+            file.chmod(0o644)  # safetensors writes for the owner alone
             os.replace(file, folder / file.name)
 
 
@@ -88,7 +89,7 @@ def model_card(recipe: Recipe, spec: ModelSpec, parameters: int, facts: RunFacts
         f"| {_bits(facts.bits_per_byte.get(source.name))} |"
         for source in recipe.sources
     )
-    stage = "" if facts.finished else "\nThis is a checkpoint from the middle of the run: its learning rate is not yet zero.\n"
+    unfinished = "\nThis is a checkpoint from the middle of the run: its learning rate is not yet zero.\n"
     return f"""---
 license: apache-2.0
 language: en
@@ -99,7 +100,7 @@ pipeline_tag: text-generation
 
 A small Llama-type decoder that comes with Lorikeet, so that adapters can be trained and served with no download.
 It is a base to fine-tune, not an assistant.
-{stage}
+{"" if facts.finished else unfinished}
 | | |
 |---|---|
 | parameters | {parameters:,} ({spec.vocab_size * spec.hidden_size:,} of them in the tied embedding) |
