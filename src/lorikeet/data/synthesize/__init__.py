@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
-from lorikeet.data.synthesize import commands, conversation, facts, lore, records, sql
+from lorikeet.data.synthesize import commands, conversation, facts, lore, passages, records, sql
 from lorikeet.data.synthesize.grammar import Writer
 from lorikeet.data.synthesize.lexicon import lexicon
 
@@ -23,6 +23,7 @@ _FAMILIES: dict[str, tuple[float, Callable[[Writer], str], str]] = {
     "records": (1.0, records.records, "records in one notation, then in another, asked about, changed"),
     "tables": (0.7, records.tables, "CSV, Markdown and JSON-lines tables with questions"),
     "data_to_text": (1.0, facts.data_to_text, "facts in brackets, forms or JSON told in sentences, and back"),
+    "passages": (1.2, passages.passages, "short news and stories with questions answered from the text"),
     "voice": (1.3, commands.voice, "voice commands with intent and slots in many notations"),
     "function_calls": (0.8, commands.function_calls, "tools, a request, the call as JSON"),
     "entities": (1.0, commands.entities, "sentences with their names marked: JSON, tags, BIO, lists"),

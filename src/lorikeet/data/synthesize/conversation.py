@@ -78,6 +78,9 @@ def _related(w: Writer, topic: Topic) -> Topic:
     return w.pick([other for other in topics()[:8] if other is not topic])
 
 
+_SENDERS = ("Customer", "Message", "Text", "Question", "Query", "User", "Utterance", "Input")
+
+
 def paraphrases(w: Writer) -> str:
     return w.pick((_ways_to_say, _ways_to_say, _same_or_different, _odd_one_out, _summaries, _rewrites))(w)
 
@@ -177,34 +180,81 @@ def _rewrites(w: Writer) -> str:
 
 
 def intents(w: Writer) -> str:
+    return w.pick((_labelled, _labelled, _labelled, _arbitrary, _arbitrary, _closest, _looked_up))(w)
+
+
+def _neighbours(w: Writer, count: int) -> list[Topic]:
+    """``count`` different topics, most of them of one domain."""
+    first = w.pick(topics())
+    chosen = {first.titles[0]: first}
+    for _ in range(count * 3):
+        if len(chosen) < count:
+            other = _related(w, first)
+            chosen[other.titles[0]] = other
+    return list(chosen.values())
+
+
+def _labelled(w: Writer) -> str:
     """Messages with the topic they belong to, with or without the list of topics to choose from."""
-    base = w.pick(topics())
-    count = w.between(2, 7)
-    chosen = [base] + [_related(w, base) for _ in range(count - 1)]
+    chosen = _neighbours(w, w.between(2, 7))
     style = w.between(0, 15)
     names = {topic.titles[0]: label(w, topic, style) for topic in chosen}
-    rows = [w.pick(chosen) for _ in range(w.between(1, 6))] if w.chance(0.4) else chosen
-    pairs = [(ask(w, topic), names[topic.titles[0]]) for topic in rows]
+    rows = [w.pick(chosen) for _ in range(w.between(1, 7))] if w.chance(0.5) else chosen
+    examples = [(ask(w, topic), names[topic.titles[0]]) for topic in rows]
     name = w.pick(("topic", "intent", "category", "label", "subject", "department", "class", "tag"))
-    options = w.pick((", ", " | ", "; ", "\n- ")).join(w.shuffled(list(dict.fromkeys(names.values()))))
+    options = w.pick((", ", " | ", "; ", "\n- ")).join(w.shuffled(list(names.values())))
     instructions = [
         f"(Classify|Label|Sort|Tag) the (message|question|text) by {name}.",
         f"What is the {name}?",
         f"Which {name} fits (best|the message)?",
         f"Choose the {name}.",
     ]
-    task = Task(
-        instructions,
-        pairs,
-        ("Customer", "Message", "Text", "Question", "Query", "User", "Utterance"),
-        (name.capitalize(), name, name.capitalize()),
-    )
-    page = render(w, task)
+    page = render(w, Task(instructions, examples, _SENDERS, (name.capitalize(), name, name.capitalize())))
     if w.chance(0.4):
         plural = {"category": "categories", "class": "classes"}.get(name, name + "s")
         head = w.pick((f"Possible {plural}: ", f"{plural.capitalize()}: ", f"Options for {name}: "))
         return f"{USER}{head}{options}\n{page[len(USER) :]}" if page.startswith(USER) else f"{head}{options}\n\n{page}"
     return page
+
+
+def _arbitrary(w: Writer) -> str:
+    """Labels that mean nothing: only the earlier examples of the same topic tell which label is right."""
+    chosen = _neighbours(w, w.between(2, 4))
+    slot = w.pick(("word", "invented", "code", "colour", "animal", "given"))
+    marks = w.pick((w.several(slot, len(chosen)), list("ABCD"), ["1", "2", "3", "4"]))
+    order = w.shuffled(list(range(len(chosen)))) + [w.between(0, len(chosen) - 1) for _ in range(w.between(3, 8))]
+    examples = [(ask(w, chosen[at]), marks[at]) for at in order]
+    return render(w, Task(("Continue (the list|in the same way).", "(Sort|Label) the messages."), examples, _SENDERS, ("Group", "Label", "Mark")))
+
+
+def _closest(w: Writer) -> str:
+    """Which of several questions means the same as the first."""
+    chosen = _neighbours(w, w.between(2, 5))
+    wanted = w.pick(chosen)
+    options = [ask(w, topic) for topic in chosen]
+    right = options[chosen.index(wanted)]
+    marks = w.pick(("1234567", "ABCDEFG", "abcdefg"))
+    tail = w.pick((". ", ") ", ": "))
+    listed = "\n".join([f"{mark}{tail}{option}" for mark, option in zip(marks, options, strict=False)])
+    mark = marks[chosen.index(wanted)]
+    question = w.say("Which [one] (means the same as|is closest to|is about the same thing as)")
+    answer = w.pick((mark, f"{mark}{tail}{right}", right))
+    if w.chance(0.4):
+        return f"{USER}{listed}\n\n{question}: {ask(w, wanted)}\n{ASSISTANT}{answer}{END}"
+    return f"{ask(w, wanted)}\n\n{w.pick(('Options', 'Candidates', 'Which of these means the same?'))}:\n{listed}\n{w.pick(('Answer', 'Best match', 'Same meaning', 'Closest'))}: {answer}"
+
+
+def _looked_up(w: Writer) -> str:
+    """A help text with several entries, then a question in other words and the entry that answers it."""
+    chosen = _neighbours(w, w.between(2, 5))
+    entries = [(topic, w.sentence(w.pick(topic.answers))) for topic in chosen]
+    text = "\n".join([f"{w.pick(topic.titles).capitalize()}: {body}" for topic, body in entries])
+    asked = w.sample(entries, w.between(1, 2))
+    if w.chance(0.5):
+        (topic, body), *_ = asked
+        return f"{USER}{text}\n\n{ask(w, topic)}\n{ASSISTANT}{body}{END}"
+    left, right = w.pick((("Q: ", "A: "), ("Customer: ", "Agent: "), ("Question: ", "Answer: "), ("", "-> ")))
+    return f"{text}\n\n" + "\n".join([f"{left}{ask(w, topic)}\n{right}{body}" for topic, body in asked])
 
 
 def support(w: Writer) -> str:

@@ -50,50 +50,83 @@ def _eatery(w: Writer) -> Record:
     return data
 
 
+def _price_words(w: Writer, price: str) -> str:
+    if "£" in price:
+        return w.pick((f"has a price range of {price}", f"charges {price}", f"has prices of {price}"))
+    return w.pick((f"has {price} prices", f"has a {price} price range", f"is in the {price} price range"))
+
+
+def _rating_words(w: Writer, rating: str) -> str:
+    if "of" in rating:
+        return w.pick((f"is rated {rating}", f"has a customer rating of {rating}", f"gets {rating} from its customers"))
+    return w.pick((f"has a {rating} customer rating", f"has {rating} ratings", f"gets {rating} reviews from customers"))
+
+
 def _eatery_text(w: Writer, d: Record) -> str:
-    name, kind = d["name"], d.get("eatType", "place" if w.chance(0.5) else "restaurant")
-    adjective = f"{d['food']} " if "food" in d and w.chance(0.4) else ""
-    family = w.pick(_CHILDREN[d["familyFriendly"]]) if "familyFriendly" in d else ""
+    name, kind = d["name"], d.get("eatType", w.pick(("place", "restaurant", "venue")))
     where = [f"in the {d['area']}"] if "area" in d else []
-    where += [w.pick(("near ", "close to ", "next to ", "not far from ")) + d["near"]] if "near" in d else []
+    where += [w.pick(("near ", "close to ", "next to ", "not far from ", "by ")) + d["near"]] if "near" in d else []
     place = " ".join(w.shuffled(where))
-    article = "an" if (adjective or kind)[:1].lower() in "aeiou" else "a"
+    left = {key: value for key, value in d.items() if key not in ("name", "eatType", "area", "near")}
+    phrase = _noun_phrase(w, kind, left)
     extra = []
-    if "food" in d and not adjective:
-        extra.append(
-            w.pick((f"serves {d['food']} food", f"offers {d['food']} dishes", f"has {d['food']} cuisine on the menu"))
-        )
-    if "priceRange" in d:
-        price = d["priceRange"]
-        extra.append(
-            w.pick((f"has prices in the {price} range", f"has a price range of {price}"))
-            if "£" in price or w.chance(0.5)
-            else f"has {price} prices"
-        )
-    if "customer rating" in d:
-        extra.append(
-            w.pick(
-                (
-                    f"has a customer rating of {d['customer rating']}",
-                    f"is rated {d['customer rating']} by customers",
-                    f"gets a rating of {d['customer rating']}",
-                )
-            )
-        )
-    if family:
-        extra.append(f"is {family}")
+    if "food" in left:
+        food = left["food"]
+        extra.append(w.pick((f"serves {food} food", f"offers {food} dishes", f"has {food} cuisine", f"sells {food} food")))
+    if "priceRange" in left:
+        extra.append(_price_words(w, left["priceRange"]))
+    if "customer rating" in left:
+        extra.append(_rating_words(w, left["customer rating"]))
+    if "familyFriendly" in left:
+        extra.append(f"is {w.pick(_CHILDREN[left['familyFriendly']])}")
     extra = w.shuffled(extra)
-    opening = w.pick(
+    if extra and w.chance(0.15):
+        return _subject_last(w, name, phrase, place, extra)
+    return _joined(w, _opening(w, name, phrase, place), extra)
+
+
+def _noun_phrase(w: Writer, kind: str, left: Record) -> str:
+    """The kind with some of the facts before it; those are taken out of ``left``."""
+    words = [kind]
+    if "food" in left and w.chance(0.4):
+        words.insert(0, left.pop("food"))
+    if left.get("familyFriendly") == "yes" and w.chance(0.4):
+        del left["familyFriendly"]
+        words.insert(0, w.pick(("family friendly", "child friendly", "kid friendly", "family-friendly")))
+    price = left.get("priceRange", "£")
+    if "£" not in price and w.chance(0.4):
+        words.insert(0, {"high": "high priced", "moderate": "moderately priced", "average": "averagely priced"}.get(price, price))
+        del left["priceRange"]
+    if left.get("customer rating", "of") in ("low", "high", "average") and w.chance(0.2):
+        words.insert(0, f"{left.pop('customer rating')} rated")
+    text = " ".join(words)
+    return f"{'an' if text[0].lower() in 'aeio' else 'a'} {text}"
+
+
+def _opening(w: Writer, name: str, phrase: str, place: str) -> str:
+    if not place:
+        return w.pick((f"{name} is {phrase}", f"There is {phrase} called {name}", f"You can eat at {phrase} named {name}"))
+    upper = place[:1].upper() + place[1:]
+    return w.pick(
         (
-            f"{name} is {article} {adjective}{kind} {place}",
-            f"{name}, {place}, is {article} {adjective}{kind}" if place else f"{name} is {article} {adjective}{kind}",
-            f"There is {article} {adjective}{kind} called {name} {place}",
-            f"{place[:1].upper()}{place[1:]} you will find {article} {adjective}{kind} named {name}"
-            if place
-            else f"You can eat at {article} {adjective}{kind} called {name}",
+            f"{name} is {phrase} {place}",
+            f"{name} is {phrase} located {place}",
+            f"{name}, {place}, is {phrase}",
+            f"There is {phrase} {place} called {name}",
+            f"{upper} is {phrase} called {name}",
+            f"{upper} you can find {phrase} named {name}",
+            f"{upper}, {name} is {phrase}",
+            f"Located {place}, {name} is {phrase}",
+            f"The {phrase.partition(' ')[2]} {name} is {place}",
         )
-    ).rstrip()
-    return _joined(w, opening, extra)
+    )
+
+
+def _subject_last(w: Writer, name: str, phrase: str, place: str, extra: Sequence[str]) -> str:
+    wanted = f"{phrase} that {' and '.join(extra)}"
+    return w.pick((f"If you want {wanted}, try {name}", f"For {wanted}, go to {name}", f"Looking for {wanted}? Visit {name}")) + (
+        f" {place}." if place else "."
+    )
 
 
 def _joined(w: Writer, opening: str, extra: Sequence[str]) -> str:

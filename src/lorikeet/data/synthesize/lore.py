@@ -107,16 +107,16 @@ def _categories(w: Writer) -> str:
 def _members(w: Writer) -> str:
     chosen = w.sample(CATEGORIES, w.between(2, 5))
     pairs = [(w.slot(slot), name) for name, slot in chosen for _ in range(w.between(1, 2))]
-    options = ", ".join(name for name, _ in chosen)
-    return render(
+    page = render(
         w,
         Task(
-            (f"(Sort|Put) into these groups: {options}.", f"Which group is it? {options}"),
+            ("(Sort|Put) into groups.", "Which group is it?", "What kind of thing is this?"),
             w.shuffled(pairs),
             ("Item", "Word"),
             ("Group", "Category", "Kind"),
         ),
     )
+    return page if w.chance(0.5) else f"{w.pick(('Groups', 'Kinds', 'Categories'))}: {', '.join(n for n, _ in chosen)}\n\n{page}"
 
 
 def reviews(w: Writer) -> str:

@@ -101,7 +101,7 @@ def title(w: Writer) -> str:
     if kind == 8:
         return f"{given(w)} and the {adjective} {noun}"
     if kind == 9:
-        return f"A {noun} for {given(w)}"
+        return f"One {noun} for {given(w)}"
     return f"The {adjective} {noun}" if w.chance(0.6) else f"{adjective} {noun}"
 
 

@@ -160,28 +160,25 @@ def _asked(w: Writer) -> str:
 
 def _changed(w: Writer) -> str:
     kind, data = record(w, 3, 6)
-    fields = next(fields for name, fields in _SCHEMAS if name == kind)
     key = w.pick(list(data))
-    new = w.slot(dict(fields)[key])
+    new = w.slot(dict(dict(_SCHEMAS)[kind])[key])
     form = w.pick((as_json, as_form, as_yaml))
-    after = {**data, key: new}
     change = w.pick(
         (
             f"Change the {key} to {new}.",
             f"The {key} should be {new}.",
             f"Set {key} to {new}.",
             f"Please replace {data[key]} by {new}.",
+            f"New {key}: {new}",
         )
     )
-    return render(
-        w,
-        Task(
-            (change,),
-            [(json.dumps(data, ensure_ascii=False) if form is as_json else form(w, data), form(w, after))],
-            ("Before", "Record", "Old"),
-            ("After", "Updated", "New"),
-        ),
-    )
+    before, after = form(w, data), form(w, {**data, key: new})
+    given = w.pick((f"{before}\n{change}", f"{change}\n{before}", f"{before}\n\n{change}"))
+    task = Task(_CHANGES, [(given, after)], ("Before", "Record", "Old", "Input"), ("After", "Updated", "New", "Output"))
+    return render(w, task)
+
+
+_CHANGES = ("(Make|Apply|Do) the change.", "(Update|Correct|Edit) the (record|data).", "What does it look like after the change?")
 
 
 def _nested(w: Writer) -> str:
