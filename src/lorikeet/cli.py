@@ -169,12 +169,15 @@ def demo(
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="A pretraining recipe.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    until: Annotated[int | None, typer.Option(help="Stop, with a checkpoint, after this many tokens in all.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop, with a checkpoint, after this time.")] = None,
+    decay: Annotated[int | None, typer.Option(help="End the run from here, by a decay over so many tokens.")] = None,
     export: Annotated[Path | None, typer.Option(help="Write the last checkpoint as a model folder and stop.")] = None,
 ) -> None:
     """Train a small base model from text."""
     from lorikeet.train.pretrain import run_pretrain
 
-    run_pretrain(recipe, resume=resume, export=export)
+    run_pretrain(recipe, resume=resume, until=until, minutes=minutes, decay=decay, export=export)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lorikeet.data.synthesize import documents
 from lorikeet.errors import ConfigError, DataError
 from lorikeet.model.decoder import DecoderWeights, forward
 from lorikeet.model.spec import ModelSpec
@@ -47,7 +48,7 @@ CHECKPOINT = "checkpoint.pt"
 
 def run_pretrain(
     recipe_path: Path,
-    documents: Documents,
+    documents: Documents = documents,
     *,
     resume: bool = False,
     until: int | None = None,
@@ -58,7 +59,7 @@ def run_pretrain(
 ) -> None:
     """Train the base model of a recipe, or export it from its last checkpoint.
 
-    documents: the project's own text, for sources of kind `synthetic`.
+    documents: what sources of kind `synthetic` are made of, by seed; the project's own text.
     resume: go on from the checkpoint in the recipe's state folder; without it, one that exists is an error.
     until: stop after this many tokens in all, with a checkpoint. minutes: the same after this time.
     decay: end the run from here: the learning rate falls to zero over this many tokens.
