@@ -91,7 +91,7 @@ class Engine:
         started = time.perf_counter()
         folder = sources.find_model(config.model)
         ops = kernels.pick(device)
-        spec, weights = model_weights.load(folder, dtype, ops.make_weight)
+        spec, weights = model_weights.load(folder, dtype)
         base = sources.identify(folder, config.model)
         sizes = choose_sizes(config, spec, dtype)
         engine = cls(spec, base, weights, ops, sizes, config)
