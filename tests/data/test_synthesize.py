@@ -65,7 +65,7 @@ def test_calls_are_json() -> None:
             assert len(call) == 2
             question = text.split("<|assistant|>")[0]
             arguments = next(value for value in call.values() if isinstance(value, dict))
-            assert all(value in question for value in arguments.values())
+            assert all(str(value) in question for value in arguments.values())
             seen += 1
     assert seen > 200
 

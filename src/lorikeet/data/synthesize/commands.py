@@ -114,7 +114,8 @@ def function_calls(w: Writer) -> str:
     name = _styled(w, command.names[0], style)
     key = w.pick(("arguments", "arguments", "parameters", "args"))
     head = w.pick(("name", "name", "function", "tool"))
-    call = object_text(w, {head: name, key: slots})
+    typed = _numbers(slots) if w.chance(0.5) else slots
+    call = object_text(w, {head: name, key: typed})
     intro = w.say("(Available|You can use these|Known) (tools|functions)[ (one a line|below)]:|Tools:|Functions:")
     body = f"{intro}\n" + "\n".join(tools)
     if w.chance(0.5):
@@ -136,6 +137,11 @@ def function_calls(w: Writer) -> str:
             )
         )
     return page
+
+
+def _numbers(slots: dict[str, str]) -> dict[str, str | int]:
+    """Whole numbers become JSON numbers, as a typed function wants them."""
+    return {key: int(value) if value.isdecimal() and value[0] != "0" else value for key, value in slots.items()}
 
 
 def _tool(w: Writer, command: Command, style: int) -> str:

@@ -153,7 +153,7 @@ def informal(w: Writer, text: str) -> str:
         return text.rstrip("?.")
     if kind < 0.95:
         return _typo(w, text)
-    return text[:1].upper() + text[1:] + w.pick(("!", "!!", "??", " ...", " :("))
+    return text[:1].upper() + text[1:] + w.pick(("!", "!!", "??", " ...", "!?"))
 
 
 def _typo(w: Writer, text: str) -> str:
