@@ -44,6 +44,8 @@ from lorikeet.engine.wire import (
 from lorikeet.errors import LorikeetError, UnavailableError
 from lorikeet.types import AdapterInfo, EngineStats, ErrorInfo, Event, Request
 
+__all__ = ["EngineClient", "EngineInfo", "EventStream"]
+
 log = logging.getLogger("lorikeet.link")
 
 RETRY_AFTER = 3.0  # seconds a client is told to wait for a restarted engine

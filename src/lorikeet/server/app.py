@@ -1,0 +1,110 @@
+"""The HTTP application: routes of both protocols, health, metrics, and every error in its protocol's shape."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import Depends, FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from lorikeet import __version__
+from lorikeet.errors import LorikeetError
+from lorikeet.server import lorax, openai
+from lorikeet.server.auth import check_key
+from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
+from lorikeet.server.state import ServerState
+
+log = logging.getLogger("lorikeet.server")
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """The application over an engine that somebody else starts and stops."""
+
+    async def authorised(request: Request) -> None:
+        check_key(request, state.config.api_key)
+
+    app = FastAPI(
+        title="Lorikeet", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
+        dependencies=[Depends(authorised)],
+    )  # fmt: skip
+    app.include_router(openai.routes(state))
+    app.include_router(lorax.routes(state))
+    _add_health(app, state)
+    _add_errors(app, state)
+    return app
+
+
+def _add_health(app: FastAPI, state: ServerState) -> None:
+    def health() -> tuple[dict[str, object], int]:
+        engine = state.engine
+        last = engine.last_error
+        body: dict[str, object] = {
+            "status": "ready" if engine.ready else "not ready",
+            "engine": {
+                "ready": engine.ready,
+                "alive": engine.alive,
+                "restarts": engine.restarts,
+                "in_flight": engine.in_flight,
+                "error": None if last is None else last.message,
+            },
+        }
+        return body, 200 if engine.ready else 503
+
+    @app.get("/health")
+    @app.get("/health/ready")
+    @app.get("/ping")
+    async def ready() -> Response:
+        """200 while new requests are taken: not while the engine starts, nor while the server drains."""
+        body, status = health()
+        return json_reply(body, status, {"retry-after": "1"} if status == 503 else None)
+
+    @app.get("/health/live")
+    async def live() -> Response:
+        """200 as long as the server itself works; a restart would not help an engine that is being restarted."""
+        return json_reply({"status": "live"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await state.metrics.page(state.engine), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/")
+    async def root() -> Response:
+        return json_reply(
+            {
+                "name": "lorikeet",
+                "version": __version__,
+                "base": state.models.base.name,
+                "routes": ["/v1/models", "/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream",
+                           "/health", "/metrics"],
+            }
+        )  # fmt: skip
+
+
+def _add_errors(app: FastAPI, state: ServerState) -> None:
+    def reply(request: Request, error: LorikeetError) -> Response:
+        state.metrics.refused.labels(error.code).inc()
+        shape = lorax.error_body if request.url.path in lorax.PATHS else openai.error_body
+        return json_reply(shape(error), error.status, error_headers(error))
+
+    @app.exception_handler(LorikeetError)
+    async def known(request: Request, error: LorikeetError) -> Response:
+        return reply(request, error)
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        code = {404: "unknown_route", 405: "wrong_method"}.get(error.status_code, "http_error")
+        said = {404: f"there is no {where}", 405: f"{where} is not allowed"}.get(error.status_code, str(error.detail))
+        told = LorikeetError(said, code=code, hint="GET / lists the routes" if error.status_code == 404 else None)
+        told.status = error.status_code
+        return reply(request, told)
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+        told = LorikeetError("the server failed to answer; its log has the details", hint="please report it")
+        return reply(request, told)

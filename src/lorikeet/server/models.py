@@ -1,0 +1,134 @@
+"""What a request's `model` stands for: the base or an adapter, with the tokenizer and the templates that go with it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lorikeet.adapters.files import Lock, read_lock
+from lorikeet.engine.link import EngineClient
+from lorikeet.errors import InvalidRequestError, LorikeetError
+from lorikeet.model.tokenizer import Tokenizer
+from lorikeet.server.catalogue import AdapterFolder, Catalogue, Refusal, Signature
+from lorikeet.template import Template
+from lorikeet.types import AdapterInfo
+
+LONG_TEXT = 20_000  # characters from which on tokenising goes to a thread, so that it holds nobody up
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The base (`adapter` is None) or an adapter that the engine knows under `adapter.digest`."""
+
+    name: str
+    tokenizer: Tokenizer
+    adapter: AdapterInfo | None = None
+    lock: Lock | None = None
+    prompt_template: Template | None = None
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.adapter is None else self.adapter.digest
+
+    @property
+    def chat_template(self) -> str | None:
+        """The adapter's own chat template; None is the base's."""
+        template = self.lock.template if self.lock is not None else None
+        return template.text if template is not None and template.kind == "chat" else None
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.chat(messages, self.chat_template)
+
+    def render_columns(self, columns: dict[str, object]) -> str:
+        """The prompt of a row, in the words the adapter was trained with. Raises `InvalidRequestError`, `DataError`."""
+        if self.prompt_template is None:
+            raise InvalidRequestError(
+                f"{self.name!r} has no prompt template, so `inputs` cannot be columns",
+                hint="send the prompt itself as `inputs`",
+                param="inputs",
+            )
+        return self.prompt_template.render(columns)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if len(text) > LONG_TEXT:
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens)
+
+
+@dataclass
+class _Known:
+    """What was found out about an adapter's folder as it was at `signature`."""
+
+    signature: Signature
+    model: ServedModel | None = None
+    error: LorikeetError | None = None
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Models:
+    """Resolves names. An adapter is validated and compiled on first use, and again when its files change."""
+
+    def __init__(self, base: ServedModel, catalogue: Catalogue, engine: EngineClient) -> None:
+        self.base = base
+        self.catalogue = catalogue
+        self._engine = engine
+        self._known: dict[str, _Known] = {}
+        self._looking = asyncio.Lock()  # one look at the disk at a time
+
+    async def get(self, name: str | None) -> ServedModel:
+        """The model of this name, None is the base. Raises 404, 409 or 422 errors that say what is wrong."""
+        if name is None or name == self.base.name:
+            return self.base
+        found = self.catalogue.peek(name) or await self._look(name)
+        known = self._known.get(name)
+        if known is None or known.signature != found.signature:
+            known = self._known[name] = _Known(found.signature)
+        if known.error is not None:  # the same files are refused for the same reason
+            raise known.error
+        model = known.model
+        if model is not None and model.adapter is not None and self._engine.holds(model.adapter):
+            return model
+        async with known.checking:
+            return await self._resolve(found, known)
+
+    async def _look(self, name: str) -> AdapterFolder:
+        async with self._looking:
+            return await asyncio.to_thread(self.catalogue.find, name)
+
+    async def listing(self) -> tuple[list[ServedModel], list[Refusal]]:
+        """Every adapter on disk now, compiled or not, and what is not served and why."""
+        async with self._looking:
+            found = await asyncio.to_thread(self.catalogue.entries)
+            refusals = await asyncio.to_thread(self.catalogue.refusals)
+        served = []
+        for one in found:
+            try:
+                served.append(self.describe(one))
+            except LorikeetError as error:
+                refusals.append(Refusal(one.name, str(error), (one.folder,)))
+        return served, refusals
+
+    async def _resolve(self, found: AdapterFolder, known: _Known) -> ServedModel:
+        if known.model is not None and known.model.adapter is not None and self._engine.holds(known.model.adapter):
+            return known.model
+        try:
+            adapter = await self._engine.resolve(found.folder)
+            known.model = replace(self.describe(found), adapter=adapter)
+        except LorikeetError as error:
+            if not error.retryable and error.status < 500:
+                known.error = error
+            raise
+        return known.model
+
+    def describe(self, found: AdapterFolder) -> ServedModel:
+        """The adapter's lock and template, without compiling it."""
+        lock = read_lock(found.folder)
+        template = None
+        if lock is not None and lock.template is not None and lock.template.kind == "prompt":
+            template = Template(lock.template.text, where=f"{found.name}'s prompt template")
+        return replace(self.base, name=found.name, lock=lock, prompt_template=template)
+
+
+def base_model(folder: Path, name: str) -> ServedModel:
+    return ServedModel(name=name, tokenizer=Tokenizer(folder))

@@ -1,0 +1,192 @@
+"""`lorikeet serve`: the HTTP process from start to the end of its draining."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from lorikeet.config import ServeConfig
+from lorikeet.engine.link import EngineClient
+from lorikeet.errors import ConfigError
+from lorikeet.model.sources import find_model
+from lorikeet.server.app import create_app
+from lorikeet.server.catalogue import Catalogue, Refusal
+from lorikeet.server.models import Models, ServedModel, base_model
+from lorikeet.server.state import ServerState
+
+log = logging.getLogger("lorikeet.server")
+
+GOODBYE_SECONDS = 5  # for the last bytes of answers, after the engine has ended them
+LISTED = 40  # adapters that the start-up table names
+
+
+class Server(uvicorn.Server):
+    """Signals are `serve`'s: uvicorn's own would close the listener before the requests have ended."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run_serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C, drain, return. Raises what makes serving impossible."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(name)s: %(message)s")
+    asyncio.run(serve(config, listen(config.host, config.port)))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, before anything slow starts. Raises `ConfigError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another --port", param="port"
+        ) from None
+    return listener
+
+
+def make_state(config: ServeConfig, engine: EngineClient | None = None) -> ServerState:
+    """Tokenizer, catalogue and the (not yet started) engine. Raises `ModelError`, `ConfigError`."""
+    folder = find_model(config.engine.model)
+    base = base_model(folder, base_name(config, folder))
+    catalogue = Catalogue(None if config.adapters is None else Path(config.adapters), base.name)
+    engine = engine or EngineClient(config.engine)
+    return ServerState(config=config, engine=engine, models=Models(base, catalogue, engine))
+
+
+def base_name(config: ServeConfig, folder: Path) -> str:
+    """The base's name in `model`: as chosen, else a hub id as it is, else the folder's own name."""
+    if config.served_name:
+        return config.served_name
+    return folder.name if Path(config.engine.model).expanduser().is_dir() else config.engine.model
+
+
+async def serve(
+    config: ServeConfig,
+    listener: socket.socket,
+    *,
+    engine: EngineClient | None = None,
+    on_ready: Callable[[ServerState], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve on `listener` until `stop` is set or a signal comes; then drain.
+
+    The listener answers from the start: `/health/live` is 200 and `/health/ready` 503 while the engine loads.
+    """
+    state = make_state(config, engine)
+    stop = stop or asyncio.Event()
+    at_once = asyncio.Event()
+    _handle_signals(stop, at_once)
+    server = Server(
+        uvicorn.Config(
+            create_app(state), log_level="warning", access_log=False, timeout_graceful_shutdown=GOODBYE_SECONDS,
+            lifespan="off", backlog=4096,
+        )
+    )  # fmt: skip
+    serving = asyncio.create_task(server.serve([listener]))
+    try:
+        if await _start_engine(state, stop):
+            await show_start(state)
+            if on_ready is not None:
+                on_ready(state)
+            await _first(stop.wait(), asyncio.shield(serving))
+            log.info("draining: %d requests in flight, up to %g s", state.engine.in_flight, config.drain_seconds)
+            await _first(state.engine.drain(config.drain_seconds), at_once.wait())
+    finally:
+        await state.engine.stop()
+        server.should_exit = True
+        await serving
+        listener.close()
+
+
+async def _start_engine(state: ServerState, stop: asyncio.Event) -> bool:
+    """False when told to stop before it was ready; its error is raised."""
+    starting = asyncio.create_task(state.engine.start())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait({starting})
+        return False
+    starting.result()
+    return True
+
+
+async def _first(*waits: Awaitable[object]) -> None:
+    """Wait for the first of several and cancel the others; shield what must live on."""
+    tasks = [asyncio.ensure_future(one) for one in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def _handle_signals(stop: asyncio.Event, at_once: asyncio.Event) -> None:
+    """SIGTERM and Ctrl-C drain; a second one ends at once."""
+
+    def handle() -> None:
+        (at_once if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for one in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # only the main thread may
+            loop.add_signal_handler(one, handle)
+
+
+# --- what is printed at the start ---------------------------------------------------------------------------------
+
+
+async def show_start(state: ServerState) -> None:
+    """A table of what is served, and a line to try it with."""
+    adapters, refusals = await state.models.listing()
+    console = Console(stderr=True)
+    console.print(_engine_table(state))
+    if adapters or refusals:
+        console.print(_adapter_table(adapters, refusals))
+    host = "127.0.0.1" if state.config.host in ("0.0.0.0", "::") else state.config.host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{state.config.port}"
+    model = adapters[0].name if adapters else state.models.base.name
+    key = " -H 'authorization: Bearer ...'" if state.config.api_key else ""
+    console.print(f"ready at {url}", highlight=False)
+    line = f"""curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{{"model": "{model}", """
+    console.print(line + """"prompt": "Hello", "max_tokens": 32}'""", highlight=False, soft_wrap=True, markup=False)
+
+
+def _engine_table(state: ServerState) -> Table:
+    info = state.info
+    table = Table(title="Lorikeet", show_header=False)
+    rows = {
+        "base": f"{state.models.base.name} ({info.family}, {info.parameters / 1e6:.1f} M parameters)",
+        "numbers": f"{info.dtype} on {info.device}, adapters in {info.adapter_dtype or info.dtype}",
+        "context": f"{info.max_context} tokens",
+        "cache": f"{info.kv_tokens} tokens in {info.kv_bytes / 2**20:.0f} MiB",
+        "adapters": f"up to {info.slab_bytes / 2**20:.0f} MiB resident",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _adapter_table(adapters: list[ServedModel], refusals: list[Refusal]) -> Table:
+    table = Table("adapter", "lock", "template")
+    for model in adapters[:LISTED]:
+        template = model.lock.template.kind if model.lock is not None and model.lock.template is not None else "-"
+        table.add_row(model.name, "locked" if model.lock is not None else "unlocked", template)
+    if len(adapters) > LISTED:
+        table.add_row(f"and {len(adapters) - LISTED} more", "", "")
+    for refusal in refusals:
+        table.add_row(f"[red]{refusal.name}[/]", "[red]not served[/]", refusal.reason)
+    return table
