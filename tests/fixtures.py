@@ -147,8 +147,17 @@ SHAPES = (
 )
 
 
-def make_adapter(base: Path, folder: Path, shape: AdapterShape | None = None, seed: int = 0) -> Path:
-    """Write a PEFT LoRA directory for the checkpoint `base`: random A and B that move the logprobs by 0.3 or more."""
+def make_adapter(
+    base: Path,
+    folder: Path,
+    shape: AdapterShape | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a PEFT LoRA directory for the checkpoint `base`: random A and B that move the logprobs by 0.3 or more.
+
+    The tensors are stored in `dtype`.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -178,7 +187,7 @@ def make_adapter(base: Path, folder: Path, shape: AdapterShape | None = None, se
             for part in parts:
                 part.mul_(1.5)
         assert moved >= 0.3, f"the adapter moves the mean logprob by {moved:.3f} only"
-    adapted.save_pretrained(str(folder))
+    adapted.to(dtype).save_pretrained(str(folder))
     return folder
 
 
@@ -241,3 +250,12 @@ def make_batch(rows: list[torch.Tensor], adapters: list[int | None]) -> Any:
         max_kv=int(lengths.max()),
         token_segments=segments,
     )
+
+
+def oracle(base: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model of `base`, with `adapter` put on by peft; call it as `oracle(...)(tokens).logits`."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    return (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()

@@ -5,6 +5,7 @@ A new kind is one function here and one parity test; kernels, memory and schedul
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -101,4 +102,8 @@ def _targeted(config: LoraConfig, spec: ModelSpec) -> dict[str, Site]:
                 )
     if not everything:
         raise AdapterError(f"{CONFIG}: target_modules matches no module of this base", param="target_modules")
+    for name, keys in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in keys:
+            if not any(re.match(rf"(.*\.)?({key})$", module) for module in everything):
+                raise AdapterError(f"{CONFIG}: {name}: {key!r} matches no targeted module", param=name)
     return everything

@@ -40,7 +40,7 @@ class SafeFile:
         self.path = path
         self._error = error
         try:
-            self._file = path.open("rb")
+            self._file = path.open("rb", buffering=0)
         except OSError as problem:
             raise self._fail(f"cannot be read: {problem.strerror}") from problem
         try:
@@ -66,7 +66,7 @@ class SafeFile:
     def read(self) -> memoryview:
         """The whole file, copied into memory: what is hashed is then what is used, whatever happens to the file."""
         self._file.seek(0)
-        data = self._file.read(self._size + 1)
+        data = self._file.readall()
         if len(data) != self._size or not data.startswith(self._header):
             raise self._fail("changed while it was read; write a new folder and rename it into place")
         return memoryview(data)

@@ -1,0 +1,133 @@
+"""Compiled adapter files: layout, rounding, reuse, damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tests.fixtures import make_slab
+
+from lorikeet.adapters.compiled import ALIGNMENT, bfloat16_bits, compile_adapter, compiled_name, open_compiled
+from lorikeet.adapters.files import CONFIG, WEIGHTS, AdapterFile, Lock, LockedBase, write_lock
+from lorikeet.adapters.normal import compile_lora
+from lorikeet.errors import AdapterError, LockMismatchError
+from lorikeet.model.families import load_spec
+from lorikeet.types import BaseIdentity
+
+BASE = BaseIdentity(name="tiny", sha256="b" * 64, tokenizer_sha256="c" * 64, stop_ids=(1,))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_file_holds_the_entries(
+    dtype: str, checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], cache: Path
+) -> None:
+    spec, folder = load_spec(checkpoint("llama")), adapters("llama", 4)[3]
+    with AdapterFile(folder) as file:
+        entries = compile_lora(file.config, file.load()[0], spec)
+    info = compile_adapter(folder, spec, BASE, dtype, cache)  # type: ignore[arg-type]
+    assert (info.kind, info.max_rank, info.sites) == ("lora", 5, 21)
+    compiled = open_compiled(Path(info.path))
+    assert compiled.header.digest == info.digest and compiled.data.nbytes == info.nbytes
+    assert compiled.data.offset % ALIGNMENT == 0  # type: ignore[attr-defined]
+    step = ALIGNMENT // compiled.data.itemsize
+    for place in compiled.header.entries:
+        assert all(n % step == 0 for n in (place.a, place.b, place.stride_a, place.stride_b))
+    torch_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+    slab = make_slab([Path(info.path)], spec)
+    assert slab.data.dtype == torch_dtype
+    for entry in entries:
+        pair = slab.pair(0, entry.site.index, entry.site.d_in, entry.site.d_out)
+        assert pair is not None
+        assert torch.equal(pair[0], torch.from_numpy(entry.a.copy()).to(torch_dtype))
+        assert torch.equal(pair[1], torch.from_numpy(entry.b.copy()).to(torch_dtype))
+        assert pair[2] == pytest.approx(entry.scale, rel=1e-7)
+    values = sum(entry.a.size + entry.b.size for entry in entries)
+    assert info.nbytes <= values * compiled.data.itemsize * 1.1  # true rank: nothing but the alignment is added
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
+def test_rounding_is_torchs(values: list[float]) -> None:
+    array = np.array(values, np.float32)
+    expected = torch.from_numpy(array).bfloat16()
+    if not expected.isfinite().all():
+        with pytest.raises(AdapterError, match="too large for bfloat16"):
+            bfloat16_bits(array)
+        return
+    found = torch.from_numpy(bfloat16_bits(array)).view(torch.bfloat16)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+def test_a_compiled_file_is_used_again_and_made_again_when_damaged(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], cache: Path
+) -> None:
+    spec, folder = load_spec(checkpoint("llama")), adapters("llama", 1)[0]
+    info = compile_adapter(folder, spec, BASE, "float32", cache)
+    path = Path(info.path)
+    first, content = path.stat().st_mtime_ns, path.read_bytes()
+    assert compile_adapter(folder, spec, BASE, "float32", cache) == info
+    assert path.stat().st_mtime_ns == first
+    for damaged in (b"", content[:100], content[:-64], b"X" + content[1:], content[:16] + b"\xff" * 64 + content[80:]):
+        path.write_bytes(damaged)
+        with pytest.raises(AdapterError):
+            open_compiled(path)
+        assert compile_adapter(folder, spec, BASE, "float32", cache) == info
+        assert path.read_bytes() == content
+    assert [p.name for p in cache.iterdir()] == [path.name]
+
+
+def test_the_name_says_for_which_base_and_dtype(adapters: Callable[..., list[Path]]) -> None:
+    other = msgspec.structs.replace(BASE, sha256="d" * 64)
+    names = {compiled_name("a" * 64, base, dtype) for base in (BASE, other) for dtype in ("float32", "bfloat16")}  # type: ignore[arg-type]
+    assert len(names) == 4
+
+
+@pytest.fixture
+def folder(adapters: Callable[..., list[Path]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapters("llama", 2)[1], tmp_path / "adapter"))
+
+
+def test_a_lock_that_does_not_match(checkpoint: Callable[..., Path], folder: Path, cache: Path) -> None:
+    spec = load_spec(checkpoint("llama"))
+    lock = Lock(base=LockedBase("other", "0" * 64), tokenizer_sha256="c" * 64, stop_ids=(1,))
+    write_lock(folder, lock)
+    with pytest.raises(LockMismatchError, match="another base"):
+        compile_adapter(folder, spec, BASE, "float32", cache)
+    unlocked = compile_adapter(folder, spec, BASE, "float32", cache, allow_lock_mismatch=True)
+    write_lock(folder, msgspec.structs.replace(lock, base=LockedBase("tiny", BASE.sha256)))
+    assert compile_adapter(folder, spec, BASE, "float32", cache) == unlocked
+
+
+def test_nothing_is_left_behind_by_what_is_refused(checkpoint: Callable[..., Path], folder: Path, cache: Path) -> None:
+    spec = load_spec(checkpoint("llama"))
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-10])
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: truncated: tensor '.*v_proj.*' ends at byte"):
+        compile_adapter(folder, spec, BASE, "float32", cache)
+    (folder / WEIGHTS).write_bytes(whole)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(AdapterError, match=r"lora_A\.weight: expected \[3, 64\], found \[2, 64\]"):
+        compile_adapter(folder, spec, BASE, "float32", cache)
+    (folder / CONFIG).write_text(json.dumps(config))
+    huge = {k: v.double() * 1e300 for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(huge, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match="NaN or infinite"):
+        compile_adapter(folder, spec, BASE, "float32", cache)
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_an_adapter_for_another_base_says_what_was_expected(
+    checkpoint: Callable[..., Path], folder: Path, cache: Path
+) -> None:
+    spec = load_spec(checkpoint("qwen3"))
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight: expected \[128, 2\], found \[64, 2\]"):
+        compile_adapter(folder, spec, BASE, "float32", cache)

@@ -1,0 +1,118 @@
+"""Every field of the installed peft's LoraConfig is classified; what is not handled is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorikeet.adapters.fields import HANDLED, IRRELEVANT, REFUSED
+from lorikeet.adapters.files import read_config
+from lorikeet.errors import AdapterError
+
+
+def write(folder: Path, **fields: Any) -> Path:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_every_field_of_peft_is_classified_once() -> None:
+    from peft import LoraConfig
+
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert fields - HANDLED - IRRELEVANT - REFUSED.keys() == set()
+    assert not HANDLED & IRRELEVANT and not (HANDLED | IRRELEVANT) & REFUSED.keys()
+
+
+def test_the_defaults_of_peft_are_accepted(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+    config = read_config(tmp_path)
+    assert (config.r, config.alpha, config.target_modules) == (3, 7.0, ("q_proj",))
+
+
+VALUES: dict[str, Any] = {
+    "alora_invocation_tokens": [1, 2],
+    "bias": "all",
+    "ensure_weight_tying": True,
+    "fan_in_fan_out": True,
+    "init_lora_weights": "pissa",
+    "layer_replication": [[0, 2]],
+    "loftq_config": {"loftq_bits": 4},
+    "lora_bias": True,
+    "modules_to_save": ["lm_head"],
+    "target_parameters": ["experts.w"],
+    "trainable_token_indices": [5],
+    "use_dora": True,
+    "use_qalora": True,
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_fields_are_named_with_what_was_found(name: str, tmp_path: Path) -> None:
+    value = VALUES.get(name, {"anything": 1})
+    with pytest.raises(AdapterError, match=f"adapter_config.json: {name}: expected") as caught:
+        read_config(write(tmp_path, **{name: value}))
+    assert str(value) in caught.value.message and caught.value.hint
+    assert caught.value.status == 422 and caught.value.param == name
+    for neutral in (None, *REFUSED[name][0]):
+        read_config(write(tmp_path, **{name: neutral}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "VERA"}, "peft_type: expected 'LORA', found 'VERA'"),
+        ({"peft_type": None}, "peft_type: expected 'LORA', found 'None'"),
+        ({"task_type": "SEQ_CLS"}, "task_type: expected 'CAUSAL_LM', found 'SEQ_CLS'"),
+        ({"use_newest_thing": True}, "use_newest_thing: expected no such field, found 'True'"),
+        ({"use_newest_thing": 0}, "use_newest_thing: expected no such field"),
+        ({"r": 0}, "r: expected a positive integer, found '0'"),
+        ({"r": True}, "r: expected a positive integer"),
+        ({"r": 4.0}, "r: expected a positive integer"),
+        ({"lora_alpha": "8"}, "lora_alpha: expected a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: expected a finite number"),
+        ({"use_rslora": "yes"}, "use_rslora: expected true or false"),
+        ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\.q_proj: expected a positive integer"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern: expected an object"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected a regular expression"),
+        ({"target_modules": None}, "target_modules: expected a list of module names"),
+        ({"target_modules": []}, "target_modules: expected at least one module"),
+        ({"target_modules": "*"}, "target_modules: expected a regular expression"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [1]}, "layers_to_transform: expected null"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform: expected a list of layer numbers"),
+    ],
+)
+def test_values_that_cannot_be(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=message):
+        read_config(write(tmp_path, **fields))
+
+
+def test_unknown_fields_that_are_off_are_accepted(tmp_path: Path) -> None:
+    read_config(write(tmp_path, use_newest_thing=False, newest_config=None, newest_list=[], newest_table={}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"r": 1, "r": 2}', "duplicate name 'r'"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        (" " * (2**20 + 1), "1048577 bytes, expected at most"),
+    ],
+)
+def test_broken_files(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterError, match=message):
+        read_config(tmp_path)
+
+
+def test_a_missing_config_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="adapter_config.json is missing"):
+        read_config(tmp_path)
