@@ -11,6 +11,9 @@ from lorikeet.data.synthesize.grammar import Writer
 from lorikeet.data.synthesize.layouts import ASSISTANT, END, USER, Task, informal, object_text, render
 from lorikeet.data.synthesize.lexicon import sections
 
+# "on Friday" is said, "Friday" is the value.
+_PREPOSITION = re.compile(r"^(on|for|at) ")
+
 
 class Command:
     """A thing to ask for: names of it, and patterns whose bound slots are its arguments."""
@@ -38,7 +41,7 @@ def _uttered(w: Writer, command: Command) -> tuple[str, dict[str, str]]:
         text = text[:1].upper() + text[1:]
     if kind < 0.3 and text[-1:] not in "?!.":
         text += w.pick((".", "!", "."))
-    found = {key: value for key, value in w.bound.items() if value in text}
+    found = {key: _PREPOSITION.sub("", value) for key, value in w.bound.items() if value in text}
     return text, dict(sorted(found.items(), key=lambda item: text.index(item[1])))
 
 

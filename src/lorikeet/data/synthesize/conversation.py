@@ -141,7 +141,9 @@ def _odd_one_out(w: Writer) -> str:
     lines = w.shuffled([ask(w, topic) for _ in range(w.between(2, 4))] + [odd])
     listed = "\n".join(f"{index}. {line}" for index, line in enumerate(lines, 1))
     place = lines.index(odd) + 1
-    return f"{listed}\n{w.pick(('Odd one out', 'The one that does not belong', 'Different from the others'))}: {w.pick((str(place), f'number {place}', odd))}\nThe others are about {w.pick((topic.titles[0], gist(w, topic)))}."
+    name = w.pick(("Odd one out", "The one that does not belong", "Different from the others"))
+    solution = w.pick((str(place), f"number {place}", odd))
+    return f"{listed}\n{name}: {solution}\nThe others are about {w.pick((topic.titles[0], gist(w, topic)))}."
 
 
 def _summaries(w: Writer) -> str:
@@ -224,7 +226,15 @@ def _arbitrary(w: Writer) -> str:
     marks = w.pick((w.several(slot, len(chosen)), list("ABCD"), ["1", "2", "3", "4"]))
     order = w.shuffled(list(range(len(chosen)))) + [w.between(0, len(chosen) - 1) for _ in range(w.between(3, 8))]
     examples = [(ask(w, chosen[at]), marks[at]) for at in order]
-    return render(w, Task(("Continue (the list|in the same way).", "(Sort|Label) the messages."), examples, _SENDERS, ("Group", "Label", "Mark")))
+    return render(
+        w,
+        Task(
+            ("Continue (the list|in the same way).", "(Sort|Label) the messages."),
+            examples,
+            _SENDERS,
+            ("Group", "Label", "Mark"),
+        ),
+    )
 
 
 def _closest(w: Writer) -> str:
@@ -241,7 +251,9 @@ def _closest(w: Writer) -> str:
     answer = w.pick((mark, f"{mark}{tail}{right}", right))
     if w.chance(0.4):
         return f"{USER}{listed}\n\n{question}: {ask(w, wanted)}\n{ASSISTANT}{answer}{END}"
-    return f"{ask(w, wanted)}\n\n{w.pick(('Options', 'Candidates', 'Which of these means the same?'))}:\n{listed}\n{w.pick(('Answer', 'Best match', 'Same meaning', 'Closest'))}: {answer}"
+    head = w.pick(("Options", "Candidates", "Which of these means the same?"))
+    name = w.pick(("Answer", "Best match", "Same meaning", "Closest"))
+    return f"{ask(w, wanted)}\n\n{head}:\n{listed}\n{name}: {answer}"
 
 
 def _looked_up(w: Writer) -> str:
@@ -319,7 +331,7 @@ def _dialogue(w: Writer) -> str:
             f"{customer}: {w.say('[it is |sure, |yes, |that would be ]')}{reference}",
         ]
         lines.append(
-            f"{agent}: {w.say('(Thank you, I|I|Great, I) (found|see|have)')} {reference}. {w.sentence(w.pick(_REPLIES))}"
+            f"{agent}: {w.say('(Thank you, |Great, |)I (found|see|have)')} {reference}. {w.sentence(w.pick(_REPLIES))}"
         )
     for _ in range(w.between(0, 2)):
         lines += [f"{customer}: {w.say(w.pick(_FOLLOW_UPS))}", f"{agent}: {w.sentence(w.pick(_REPLIES))}"]
@@ -346,22 +358,23 @@ def _ticket(w: Writer) -> str:
     ]
     head = "\n".join(f"{key}: {value}" for key, value in ([fields[0], *w.sample(fields[1:], w.between(2, 4))]))
     first = name.split()[0]
-    return f"{head}\n\n{ask(w, topic)}\n\n{w.pick(('Hi', 'Hello', 'Dear'))} {first},\n{answer(w, topic)}\n{w.say('(Your|The) (ticket|case) number is')} {reference}."
+    reply = f"{w.pick(('Hi', 'Hello', 'Dear'))} {first},\n{answer(w, topic)}"
+    return f"{head}\n\n{ask(w, topic)}\n\n{reply}\n{w.say('(Your|The) (ticket|case) number is')} {reference}."
 
 
 def _help_page(w: Writer) -> str:
     topic = w.pick(topics())
     title = w.pick((w.pick(topic.titles).capitalize(), ask(w, topic)))
     intro = (
-        w.say(
-            "(This page is for you if|Read on if|You may be here because|Many people write to us that|A common case is that)"
-        )
+        w.say("(This page is for you if|Read on if|Many people write to us that|A common case is that)")
         + " "
         + gist(w, topic)
         + "."
     )
     asks = "\n".join(f"{w.pick(('-', '*'))} {ask(w, topic)}" for _ in range(w.between(2, 4)))
-    return f"# {title}\n\n{intro}\n\n{w.pick(('People also ask', 'Typical questions', 'What customers say'))}:\n{asks}\n\n{' '.join(w.sentence(text) for text in w.shuffled(topic.answers))}"
+    heading = w.pick(("People also ask", "Typical questions", "What customers say"))
+    advice = " ".join(w.sentence(text) for text in w.shuffled(topic.answers))
+    return f"# {title}\n\n{intro}\n\n{heading}:\n{asks}\n\n{advice}"
 
 
 def _forum(w: Writer) -> str:

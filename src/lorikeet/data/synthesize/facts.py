@@ -72,7 +72,9 @@ def _eatery_text(w: Writer, d: Record) -> str:
     extra = []
     if "food" in left:
         food = left["food"]
-        extra.append(w.pick((f"serves {food} food", f"offers {food} dishes", f"has {food} cuisine", f"sells {food} food")))
+        extra.append(
+            w.pick((f"serves {food} food", f"offers {food} dishes", f"has {food} cuisine", f"sells {food} food"))
+        )
     if "priceRange" in left:
         extra.append(_price_words(w, left["priceRange"]))
     if "customer rating" in left:
@@ -95,7 +97,9 @@ def _noun_phrase(w: Writer, kind: str, left: Record) -> str:
         words.insert(0, w.pick(("family friendly", "child friendly", "kid friendly", "family-friendly")))
     price = left.get("priceRange", "£")
     if "£" not in price and w.chance(0.4):
-        words.insert(0, {"high": "high priced", "moderate": "moderately priced", "average": "averagely priced"}.get(price, price))
+        words.insert(
+            0, {"high": "high priced", "moderate": "moderately priced", "average": "averagely priced"}.get(price, price)
+        )
         del left["priceRange"]
     if left.get("customer rating", "of") in ("low", "high", "average") and w.chance(0.2):
         words.insert(0, f"{left.pop('customer rating')} rated")
@@ -105,7 +109,9 @@ def _noun_phrase(w: Writer, kind: str, left: Record) -> str:
 
 def _opening(w: Writer, name: str, phrase: str, place: str) -> str:
     if not place:
-        return w.pick((f"{name} is {phrase}", f"There is {phrase} called {name}", f"You can eat at {phrase} named {name}"))
+        return w.pick(
+            (f"{name} is {phrase}", f"There is {phrase} called {name}", f"You can eat at {phrase} named {name}")
+        )
     upper = place[:1].upper() + place[1:]
     return w.pick(
         (
@@ -124,9 +130,9 @@ def _opening(w: Writer, name: str, phrase: str, place: str) -> str:
 
 def _subject_last(w: Writer, name: str, phrase: str, place: str, extra: Sequence[str]) -> str:
     wanted = f"{phrase} that {' and '.join(extra)}"
-    return w.pick((f"If you want {wanted}, try {name}", f"For {wanted}, go to {name}", f"Looking for {wanted}? Visit {name}")) + (
-        f" {place}." if place else "."
-    )
+    return w.pick(
+        (f"If you want {wanted}, try {name}", f"For {wanted}, go to {name}", f"Looking for {wanted}? Visit {name}")
+    ) + (f" {place}." if place else ".")
 
 
 def _joined(w: Writer, opening: str, extra: Sequence[str]) -> str:

@@ -37,7 +37,7 @@ def chat(w: Writer, task: Task) -> str:
         elif w.chance(0.15):
             question = f"{given}\n\n{instruction}"
         else:
-            question = f"{instruction}{w.pick((chr(10), ' ', chr(10) * 2, ': ' if instruction[-1:].isalpha() else ' '))}{given}"
+            question = instruction + w.pick(("\n", " ", "\n\n", "\n")) + given
         turns.append(f"{USER}{question}\n{ASSISTANT}{answer}{END}")
     return "\n".join(turns)
 

@@ -116,7 +116,11 @@ def _members(w: Writer) -> str:
             ("Group", "Category", "Kind"),
         ),
     )
-    return page if w.chance(0.5) else f"{w.pick(('Groups', 'Kinds', 'Categories'))}: {', '.join(n for n, _ in chosen)}\n\n{page}"
+    return (
+        page
+        if w.chance(0.5)
+        else f"{w.pick(('Groups', 'Kinds', 'Categories'))}: {', '.join(n for n, _ in chosen)}\n\n{page}"
+    )
 
 
 def reviews(w: Writer) -> str:
@@ -199,7 +203,8 @@ def notes(w: Writer) -> str:
     if kind < 0.8:
         friend = w.slot("given")
         return "\n".join([f"{(name, friend)[index % 2]}: {informal(w, line)}" for index, line in enumerate(lines)])
-    return f"{w.pick(('Hi', 'Dear', 'Hello'))} {w.slot('given')},\n\n{' '.join(lines)}\n\n{w.pick(('Best', 'Love', 'See you', 'Cheers', 'Regards'))},\n{name}"
+    greeting, farewell = w.pick(("Hi", "Dear", "Hello")), w.pick(("Best", "Love", "See you", "Cheers", "Regards"))
+    return f"{greeting} {w.slot('given')},\n\n{' '.join(lines)}\n\n{farewell},\n{name}"
 
 
 def sums(w: Writer) -> str:
@@ -236,14 +241,15 @@ def _stories(w: Writer) -> str:
         name, other, thing = w.slot("given"), w.slot("given"), w.slot(w.pick(("fruit", "animal_plural", "vegetable")))
         a, b = w.between(2, 30), w.between(1, 30)
         if w.chance(0.5):
-            lines.append(
-                f"{name} has {a} {thing} and {other} gives {name} {b} more. {w.pick(('How many are there now?', f'How many {thing} does {name} have?'))} {a} + {b} = {a + b}, so {a + b} {thing}."
-            )
+            asked = w.pick(("How many are there now?", f"How many {thing} does {name} have?"))
+            lines.append(f"{name} has {a} {thing} and {other} gives {name} {b} more. {asked}")
+            lines[-1] += f" {a} + {b} = {a + b}, so {a + b} {thing}."
         else:
             a += b
-            lines.append(
-                f"{name} had {a} {thing} and {w.pick(('sold', 'lost', 'ate', f'gave {other}'))} {b}. {w.pick(('How many are left?', f'How many {thing} remain?'))} {a} - {b} = {a - b}, so {a - b} {thing}."
-            )
+            verb = w.pick(("sold", "lost", "ate", f"gave {other}"))
+            asked = w.pick(("How many are left?", f"How many {thing} remain?"))
+            lines.append(f"{name} had {a} {thing} and {verb} {b}. {asked}")
+            lines[-1] += f" {a} - {b} = {a - b}, so {a - b} {thing}."
     return "\n".join(lines)
 
 

@@ -56,8 +56,17 @@ def town(w: Writer) -> str:
     )
 
 
+def _compound(w: Writer) -> str:
+    return w.slot("title_adjective") + w.slot("title_noun").lower()
+
+
+def _village(w: Writer) -> str:
+    return w.slot("place_head") + w.slot("place_tail")
+
+
 def company(w: Writer) -> str:
-    head = w.pick((invented, surname, invented, lambda w: w.slot("title_adjective") + w.slot("title_noun").lower()))(w)
+    makers: tuple[Slot, ...] = (invented, surname, invented, _compound)
+    head = w.pick(makers)(w)
     return head if w.random() < 0.35 else f"{head} {w.slot('company_kind')}"
 
 
@@ -138,8 +147,8 @@ def playlist(w: Writer) -> str:
 
 
 def street(w: Writer) -> str:
-    head = w.pick((surname, lambda w: w.slot("place_head") + w.slot("place_tail"), lambda w: w.slot("title_noun")))(w)
-    return f"{head} {w.slot('street_kind')}"
+    makers: tuple[Slot, ...] = (surname, _village, _compound)
+    return f"{w.pick(makers)(w)} {w.slot('street_kind')}"
 
 
 def address(w: Writer) -> str:
@@ -188,24 +197,23 @@ def phone(w: Writer) -> str:
 
 
 def handle(w: Writer) -> str:
-    return "@" + w.pick(
-        (
-            lambda w: syllables(w, 1, 3),
-            lambda w: given(w).lower() + str(w.between(1, 999)),
-            lambda w: given(w) + surname(w).replace(" ", ""),
-            lambda w: w.slot("title_adjective").lower() + "_" + w.slot("animal"),
-        )
-    )(w)
+    kind = w.between(0, 3)
+    if kind == 0:
+        return "@" + syllables(w, 1, 3)
+    if kind == 1:
+        return f"@{given(w).lower()}{w.between(1, 999)}"
+    if kind == 2:
+        return f"@{given(w)}{surname(w)}"
+    return f"@{w.slot('title_adjective').lower()}_{w.slot('animal')}"
 
 
 def hashtag(w: Writer) -> str:
-    return "#" + w.pick(
-        (
-            lambda w: syllables(w, 1, 3),
-            lambda w: w.slot("title_adjective").lower() + w.slot("title_noun").lower(),
-            lambda w: w.slot("weekday") + w.slot("title_noun"),
-        )
-    )(w)
+    kind = w.between(0, 2)
+    if kind == 0:
+        return "#" + syllables(w, 1, 3)
+    if kind == 1:
+        return f"#{_compound(w).lower()}"
+    return f"#{w.slot('weekday')}{w.slot('title_noun')}"
 
 
 def username(w: Writer) -> str:
@@ -281,6 +289,10 @@ def clock(w: Writer) -> str:
     return w.pick(("noon", "midnight", f"half past {w.slot('few')}", f"quarter to {w.slot('few')}"))
 
 
+def _count(w: Writer) -> str:
+    return w.pick((w.slot("small"), w.slot("few"), "a couple of", "a few"))
+
+
 def when(w: Writer) -> str:
     """A time expression as in a request: "next Tuesday", "in 3 hours", "on 4 May"."""
     kind = w.between(0, 9)
@@ -303,7 +315,7 @@ def when(w: Writer) -> str:
     if kind == 1:
         return f"{w.pick(('next', 'this', 'on', 'on'))} {w.slot('weekday')}"
     if kind == 2:
-        return f"in {w.pick((w.slot('small'), w.slot('few')))} {w.pick(('hours', 'days', 'weeks', 'minutes', 'months', 'years'))}"
+        return f"in {_count(w)} {w.pick(('hours', 'days', 'weeks', 'minutes', 'months', 'years'))}"
     if kind in (3, 4):
         return f"{w.pick(('on', 'for'))} {date(w)}"
     if kind == 5:
@@ -327,7 +339,7 @@ def when(w: Writer) -> str:
 def ago(w: Writer) -> str:
     return w.pick(
         (
-            f"{w.pick((w.slot('small'), w.slot('few'), 'a couple of', 'a few'))} {w.pick(('days', 'hours', 'weeks', 'months', 'minutes'))} ago",
+            f"{_count(w)} {w.pick(('days', 'hours', 'weeks', 'months', 'minutes'))} ago",
             "yesterday",
             "this morning",
             "last night",
@@ -342,7 +354,7 @@ def ago(w: Writer) -> str:
 
 
 def duration(w: Writer) -> str:
-    return f"{w.pick((w.slot('small'), w.slot('few'), 'a couple of', 'a few'))} {w.pick(('days', 'hours', 'weeks', 'working days', 'months', 'minutes'))}"
+    return f"{_count(w)} {w.pick(('days', 'hours', 'weeks', 'working days', 'months', 'minutes'))}"
 
 
 def place(w: Writer) -> str:
@@ -354,7 +366,8 @@ def place(w: Writer) -> str:
         return f"{town(w)}, {w.slot('us_state')}"
     if kind < 0.9:
         return w.slot("country")
-    return f"{w.slot('place_head')}{w.slot('place_tail')} {w.pick(('National Park', 'State Park', 'Island', 'Beach', 'Valley', 'Forest', 'Bay'))}"
+    kind_of_place = w.pick(("National Park", "State Park", "Island", "Beach", "Valley", "Forest", "Bay"))
+    return f"{w.slot('place_head')}{w.slot('place_tail')} {kind_of_place}"
 
 
 def team(w: Writer) -> str:

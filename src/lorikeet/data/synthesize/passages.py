@@ -90,6 +90,7 @@ def _headline(w: Writer) -> str:
     passage, text = _told(w)
     first = text.split(". ")[0].rstrip(".")
     tags = w.sample(list(w.bound.values()), 3)
-    return f"{text}\n\n{w.pick(('Headline', 'In one sentence', 'Summary', 'Short'))}: {first}.\n{w.pick(('Names', 'Tags', 'Keywords'))}: " + (
-        ", ".join(tags) if w.chance(0.6) else json.dumps(tags, ensure_ascii=False)
+    return (
+        f"{text}\n\n{w.pick(('Headline', 'Summary', 'Short'))}: {first}.\n{w.pick(('Names', 'Tags', 'Keywords'))}: "
+        + (", ".join(tags) if w.chance(0.6) else json.dumps(tags, ensure_ascii=False))
     )

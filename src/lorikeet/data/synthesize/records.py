@@ -54,12 +54,11 @@ def as_brackets(w: Writer, data: Record) -> str:
 
 
 def as_yaml(w: Writer, data: Record) -> str:
-    return "\n".join(
-        [
-            f"{key.replace(' ', '_')}: {json.dumps(value, ensure_ascii=False) if any(c in value for c in ':#@') else value}"
-            for key, value in data.items()
-        ]
-    )
+    lines = []
+    for key, value in data.items():
+        quoted = json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ":#@") else value
+        lines.append(f"{key.replace(' ', '_')}: {quoted}")
+    return "\n".join(lines)
 
 
 def as_xml(w: Writer, data: Record) -> str:
@@ -162,7 +161,7 @@ def _changed(w: Writer) -> str:
     kind, data = record(w, 3, 6)
     key = w.pick(list(data))
     new = w.slot(dict(dict(_SCHEMAS)[kind])[key])
-    form = w.pick((as_json, as_form, as_yaml))
+    form = w.pick((object_text, as_form, as_yaml))
     change = w.pick(
         (
             f"Change the {key} to {new}.",
@@ -178,7 +177,11 @@ def _changed(w: Writer) -> str:
     return render(w, task)
 
 
-_CHANGES = ("(Make|Apply|Do) the change.", "(Update|Correct|Edit) the (record|data).", "What does it look like after the change?")
+_CHANGES = (
+    "(Make|Apply|Do) the change.",
+    "(Update|Correct|Edit) the (record|data).",
+    "What does it look like after the change?",
+)
 
 
 def _nested(w: Writer) -> str:
@@ -308,10 +311,13 @@ def _reordered(w: Writer) -> str:
             ("Without the first", items[1:]),
         )
     )
-    numbered = "\n".join([f"{index}. {item}" for index, item in enumerate(items, 1)])
-    return f"{w.pick(('List', 'Items', 'Given', 'Names', 'Entries'))}: {comma.join(items)}\n{w.pick((f'Count: {len(items)}', f'Number of items: {len(items)}', ''))}\n{kind}: {comma.join(order)}\n{w.pick((numbered, ''))}".replace(
-        "\n\n", "\n"
-    ).strip()
+    lines = [f"{w.pick(('List', 'Items', 'Given', 'Names', 'Entries'))}: {comma.join(items)}"]
+    if w.chance(0.6):
+        lines.append(f"{w.pick(('Count', 'Number of items'))}: {len(items)}")
+    lines.append(f"{kind}: {comma.join(order)}")
+    if w.chance(0.4):
+        lines += [f"{index}. {item}" for index, item in enumerate(items, 1)]
+    return "\n".join(lines)
 
 
 def _repeated(w: Writer) -> str:
@@ -376,14 +382,23 @@ def _log(w: Writer) -> str:
     return "\n".join(lines)
 
 
+_SAYINGS = (
+    "I (love|hate|like|need|want|sold|bought|lost) (a|the|my) {product}",
+    "we are (going|moving|flying) to {place} [{when}]",
+    "{company} is (too expensive|the best|closing)",
+    "my {relation} (lives in|comes from|works in) {town}",
+    "my favourite (song|book|film) is {title}",
+    "I work (as a {job}|at {company})",
+    "the (code|number|password) is {code}",
+    "you can (call|reach) me (on|at) {phone}",
+    "{given} and {given} (met|saw us|are) in {town}",
+    "it costs {amount}",
+)
+
+
 def _quotes(w: Writer) -> str:
     speakers = w.several("person", w.between(2, 3))
-    said = {
-        name: w.sentence(
-            "(I (love|hate|like|need|want|sold|bought) (a|the) {product}|we are going to {place}|{company} is (too expensive|the best)|my {relation} lives in {town}|my favourite (song|book|film) is {title}|I work as a {job}|the code is {code})"
-        )
-        for name in speakers
-    }
+    said = {name: w.sentence(w.pick(_SAYINGS)) for name in speakers}
     lines = [
         w.pick((f'{name} said: "{text}"', f'"{text}" said {name}.', f"{name}: {text}")) for name, text in said.items()
     ]

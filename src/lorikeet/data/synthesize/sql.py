@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lorikeet.data.synthesize.grammar import Writer
 from lorikeet.data.synthesize.layouts import Task, chat, render
+from lorikeet.data.synthesize.lexicon import list_pairs
 
 TEXT, NUMBER = "TEXT", "INTEGER"
 
@@ -27,107 +28,50 @@ class Table:
         return [column for column in self.columns if column.type == type_]
 
 
-_TEXTS = (
-    ("name", "person"),
-    ("city", "town"),
-    ("country", "country"),
-    ("status", "emotion"),
-    ("colour", "colour"),
-    ("category", "music_genre"),
-    ("title", "title"),
-    ("company", "company"),
-    ("email", "email"),
-    ("owner", "given"),
-    ("author", "person"),
-    ("language", "language"),
-    ("kind", "product"),
-    ("department", "subject"),
-    ("brand", "brand"),
-    ("artist", "artist"),
-    ("genre", "music_genre"),
-    ("state", "us_state"),
-    ("job", "job"),
-    ("code", "code"),
-    ("food", "dish"),
-    ("sport", "sport"),
-    ("animal", "animal"),
-    ("room", "room"),
-)
-_NUMBERS = (
-    "age",
-    "price",
-    "quantity",
-    "year",
-    "rating",
-    "salary",
-    "stock",
-    "points",
-    "weight",
-    "height",
-    "length",
-    "pages",
-    "score",
-    "population",
-    "amount",
-    "seats",
-    "duration",
-    "distance",
-    "votes",
-    "budget",
-    "discount",
-    "copies",
-    "goals",
-    "wins",
-)
-_TABLES = (
-    "customers",
-    "orders",
-    "products",
-    "employees",
-    "books",
-    "songs",
-    "films",
-    "flights",
-    "hotels",
-    "rooms",
-    "players",
-    "teams",
-    "students",
-    "courses",
-    "cities",
-    "countries",
-    "cars",
-    "pets",
-    "shops",
-    "invoices",
-    "payments",
-    "tickets",
-    "users",
-    "albums",
-    "recipes",
-    "patients",
-    "doctors",
-    "events",
-    "projects",
-    "machines",
-    "cards",
-    "accounts",
-    "branches",
-    "members",
-    "houses",
-    "trips",
-    "reviews",
-    "suppliers",
-    "parcels",
-    "meals",
-)
+def _columns(fields: str) -> tuple[Column, ...]:
+    split = [field.partition("=") for field in fields.split(", ")]
+    return tuple(Column(name, TEXT if slot else NUMBER, slot or "number") for name, _, slot in split)
+
+
+_TABLES = {name: _columns(fields) for name, fields in list_pairs("tables")}
+_ALL = tuple(dict.fromkeys(column for columns in _TABLES.values() for column in columns))
+_TEXTS = tuple({column.name: column for column in _ALL if column.type == TEXT}.values())
+_NUMBERS = tuple({column.name: column for column in _ALL if column.type == NUMBER}.values())
+
+# Words for more, less, most and least of a column; the others use the plain words of _condition and _order.
+_WORDS = {
+    "age": ("older than", "younger than", "oldest", "youngest"),
+    "price": ("more expensive than", "cheaper than", "most expensive", "cheapest"),
+    "cost": ("more expensive than", "cheaper than", "most expensive", "cheapest"),
+    "year": ("after", "before", "newest", "oldest"),
+    "founded": ("founded after", "founded before", "newest", "oldest"),
+    "opened": ("opened after", "opened before", "newest", "oldest"),
+    "hire_year": ("hired after", "hired before", "most recently hired", "longest serving"),
+    "salary": ("earning more than", "earning less than", "best paid", "worst paid"),
+    "height": ("taller than", "shorter than", "tallest", "shortest"),
+    "length": ("longer than", "shorter than", "longest", "shortest"),
+    "duration": ("longer than", "shorter than", "longest", "shortest"),
+    "weight": ("heavier than", "lighter than", "heaviest", "lightest"),
+    "rating": ("rated above", "rated below", "best rated", "worst rated"),
+    "stars": ("with over this many stars:", "with under this many stars:", "best", "worst"),
+    "amount": ("over", "under", "largest", "smallest"),
+    "size": ("bigger than", "smaller than", "biggest", "smallest"),
+    "population": ("with more people than", "with fewer people than", "most populous", "least populous"),
+    "budget": ("with a budget over", "with a budget under", "highest budget", "lowest budget"),
+}
 
 
 def table(w: Writer, name: str | None = None) -> Table:
-    name = name or (w.pick(_TABLES) if w.chance(0.9) else w.slot("word") + "s")
-    texts = [Column(column, TEXT, slot) for column, slot in w.sample(_TEXTS, w.between(1, 3))]
-    numbers = [Column(column, NUMBER, "number") for column in w.sample(_NUMBERS, w.between(1, 3))]
-    return Table(name, (Column("id", NUMBER, "number"), *w.shuffled([*texts, *numbers])))
+    """A table that makes sense, some of its columns left out; or now and then one put together at random."""
+    if name is None and w.chance(0.8):
+        name = w.pick(tuple(_TABLES))
+        texts = [column for column in _TABLES[name] if column.type == TEXT]
+        numbers = [column for column in _TABLES[name] if column.type == NUMBER]
+    else:
+        name = name or w.slot("word") + "s"
+        texts, numbers = list(_TEXTS), list(_NUMBERS)
+    chosen = w.sample(texts, w.between(1, 3)) + w.sample(numbers, w.between(1, 3))
+    return Table(name, (Column("id", NUMBER, "number"), *w.shuffled(chosen)))
 
 
 def schema_text(w: Writer, tables: Sequence[Table], style: int) -> str:
@@ -145,6 +89,9 @@ def schema_text(w: Writer, tables: Sequence[Table], style: int) -> str:
 def _value(w: Writer, column: Column) -> tuple[str, str]:
     """A value as words and as an SQL literal."""
     if column.type == NUMBER:
+        if "year" in column.name or column.name in ("founded", "opened"):
+            number = str(w.between(1950, 2030))
+            return number, number
         number = str(w.pick((w.between(1, 20), w.between(10, 100), w.between(1900, 2030), 100 * w.between(1, 50))))
         return number, number
     value = w.slot(column.slot)
@@ -156,12 +103,8 @@ def _condition(w: Writer, t: Table) -> tuple[str, str]:
     words, literal = _value(w, column)
     if column.type == TEXT:
         if w.chance(0.12):
-            return (
-                f"{w.pick(('without the', 'whose', 'where the'))} {column.name} {w.pick(('other than', 'not'))} {words}".replace(
-                    "whose", "with a"
-                ),
-                f"{column.name} != {literal}",
-            )
+            asked = w.pick((f"with a {column.name} other than {words}", f"where the {column.name} is not {words}"))
+            return asked, f"{column.name} != {literal}"
         if w.chance(0.1):
             letter = words[0].upper().replace("'", "A")
             return f"whose {column.name} starts with {letter}", f"{column.name} LIKE '{letter}%'"
@@ -173,6 +116,9 @@ def _condition(w: Writer, t: Table) -> tuple[str, str]:
                 f"that have {words} as {column.name}",
             )
         ), f"{column.name} = {literal}"
+    if column.name in _WORDS and w.chance(0.5):
+        at = w.between(0, 1)
+        return f"{_WORDS[column.name][at]} {words}", f"{column.name} {'><'[at]} {literal}"
     sign, phrases = w.pick(
         (
             (">", ("more than", "over", "greater than", "above")),
@@ -270,6 +216,18 @@ def _order(w: Writer, t: Table) -> tuple[str, str]:
     column, shown = w.pick(t.of(NUMBER)[1:]).name, w.pick(t.of(TEXT)).name
     down = w.chance(0.6)
     direction = "DESC" if down else "ASC"
+    if column in _WORDS and w.chance(0.5):
+        superlative = _WORDS[column][2 if down else 3]
+        count = w.pick((1, w.between(2, 10)))
+        few = "" if count == 1 else f"{count} "
+        asked = w.pick(
+            (
+                f"What is the {shown} of the {few}{superlative} {t.name}?",
+                f"Show the {shown} of the {few}{superlative} {t.name}",
+                f"Find the {few}{superlative} {t.name}, only the {shown}",
+            )
+        )
+        return asked, f"SELECT {shown} FROM {t.name} ORDER BY {column} {direction} LIMIT {count}"
     if w.chance(0.5):
         count = w.between(1, 10)
         adjective = w.pick(("highest", "largest", "biggest") if down else ("lowest", "smallest"))
@@ -391,6 +349,7 @@ def text_to_sql(w: Writer) -> str:
                 (asked if w.chance(0.8) else asked.lower() if "'" not in query else asked, change(query) + semicolon)
             )
     schema = schema_text(w, tables, style)
+    pairs = [(_spaced(asked, tables), query) for asked, query in pairs]
     head = w.pick(("", "", "Schema:\n", "Database:\n", "-- tables\n", "Given the tables\n"))
     task = Task(
         _QUESTIONS, pairs, ("Question", "Question", "Request", "Input", "User"), ("SQL", "SQL", "Query", "Answer")
@@ -399,6 +358,15 @@ def text_to_sql(w: Writer) -> str:
         first, *rest = pairs
         return chat(w, Task(_QUESTIONS, [(f"{head}{schema}\n{w.pick(('', 'Question: '))}{first[0]}", first[1]), *rest]))
     return f"{head}{schema}\n\n{render(w, task)}"
+
+
+def _spaced(asked: str, tables: Sequence[Table]) -> str:
+    """People write "hire year" where the column is ``hire_year``."""
+    for t in tables:
+        for name in (t.name, *(column.name for column in t.columns)):
+            if "_" in name:
+                asked = asked.replace(name, name.replace("_", " "))
+    return asked
 
 
 def _lower_keywords(query: str) -> str:
