@@ -84,7 +84,8 @@ class TrainOps:
         self.targets = targets
 
     def linear(self, weight: Weight, x: Tensor) -> Tensor:
-        return _apply(_FrozenLinear, x, weight)
+        out: Tensor = _FrozenLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+        return out
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         return completion_loss(x, weight, self.targets)
@@ -104,33 +105,32 @@ class TrainOps:
         if not parts:
             return y
         anchor = adapters.parameters[segments.adapter[0]].anchor
-        return _apply(_LowRankAdd, y, x, anchor, parts)
+        out: Tensor = _LowRankAdd.apply(y, x, anchor, parts)  # type: ignore[no-untyped-call]
+        return out
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return _apply(_AddRmsNorm, x, None, weight, eps)[0]
+        return self.add_rms_norm(x, None, weight, eps)[0]
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        normed, total = _apply(_AddRmsNorm, x, residual, weight, eps)
+        normed, total = _AddRmsNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
         return normed, total
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return _apply(_Rope, x, cos, sin)
+        out: Tensor = _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+        return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return _apply(_SiluMul, gate_up)
+        out: Tensor = _SiluMul.apply(gate_up)  # type: ignore[no-untyped-call]
+        return out
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
     ) -> Tensor:
         assert cache is None, "training has no cache"
         return packed_attention(q, k, v, self.buckets, window)
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 class _FrozenLinear(torch.autograd.Function):

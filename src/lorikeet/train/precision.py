@@ -1,11 +1,22 @@
-"""Products of bf16 values with an fp32 result, which torch's own bf16 products do not give on a CPU."""
+"""Which dtype to train in, and products of bf16 values with an fp32 result, which torch itself gives on no CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """The dtype of the base in training; `auto` is bf16 where the processor multiplies it natively, else fp32."""
+    if name != "auto":
+        return DTYPES[name]
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 @contextmanager
@@ -15,7 +26,7 @@ def bf16_products() -> Iterator[None]:
     Exact where every factor came from bf16, and several times as fast as an fp32 product where the processor
     multiplies bf16 natively. A setting of oneDNN and of the whole process: keep the block to the product itself.
     """
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

@@ -1,0 +1,287 @@
+"""`lorikeet train`: a recipe -> audited data -> adapters trained together -> PEFT folders with their locks."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from lorikeet import __version__
+from lorikeet.adapters.files import Lock, LockedBase, LockedTemplate, LoraConfig, write_peft
+from lorikeet.config import AdapterRecipe, TrainRecipe, read_recipe, resolve_adapters
+from lorikeet.errors import LorikeetError
+from lorikeet.model.names import MODULES, module_of
+from lorikeet.model.sources import find_model, identify
+from lorikeet.model.spec import ModelSpec
+from lorikeet.model.tokenizer import Tokenizer
+from lorikeet.model.weights import load, load_spec
+from lorikeet.train import checkpoint
+from lorikeet.train.adapter_run import AdapterRun
+from lorikeet.train.audit import AdapterData, Audit, prepare, print_report, require_clean
+from lorikeet.train.dataset import digest
+from lorikeet.train.joint import JointTrainer
+from lorikeet.train.precision import choose_dtype
+from lorikeet.train.progress import Bars, MetricsFile
+from lorikeet.types import BaseIdentity
+
+CHECKPOINT_SECONDS = 60.0
+
+
+class TrainingError(LorikeetError):
+    """Training that could not go on: a loss that is not finite."""
+
+    code = "training_failed"
+
+
+class AdapterSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter in `summary.json`; losses are token means in nats."""
+
+    steps: int
+    tokens: int
+    loss: float | None
+    validation_loss: float | None
+    best_validation_loss: float | None
+    stopped: str | None
+    train_seconds: float
+    adapter_bytes: int
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """`summary.json`: what a run cost. `interrupted`: it ended by a signal and can be resumed."""
+
+    version: int = 1
+    base: str
+    joint_wall_seconds: float
+    tokens: int
+    interrupted: bool
+    adapters: dict[str, AdapterSummary]
+
+
+@dataclass(slots=True)
+class _Job:
+    """An adapter with what is needed to write it."""
+
+    recipe: AdapterRecipe
+    data: AdapterData
+    run: AdapterRun
+    mark: str
+    data_sha256: str
+
+
+def run_train(
+    recipe_path: Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    root: Path | None = None,
+    output: Path | None = None,
+    console: Console | None = None,
+) -> Summary | None:
+    """Audit the data, train all adapters of a recipe together, write them; None after a dry run.
+
+    Paths in the recipe are relative to `root` (the working directory); `output` replaces the recipe's. SIGINT and
+    SIGTERM end the run at the next step with checkpoints that `resume` goes on from. Raises ConfigError or DataError
+    before any step, TrainingError when an adapter's loss was not finite (the others are trained and written).
+    """
+    console = console or Console()
+    recipe = read_recipe(recipe_path, TrainRecipe)
+    root = root or Path.cwd()
+    output = output or root / recipe.output
+    adapters = resolve_adapters(recipe)
+    folder = find_model(recipe.base)
+    tokenizer, context = Tokenizer(folder), load_spec(folder).max_context
+    data, audits = _read_data(adapters, tokenizer, context, root, console)
+    if dry_run:
+        return None
+    base = identify(folder, recipe.base)
+    keep_freed_memory()
+    dtype = choose_dtype(recipe.dtype)
+    spec, weights = load(folder, dtype)
+    jobs = [_make_job(a, d, spec, base, str(dtype)) for a, d in zip(adapters, data, strict=True)]
+    output.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        path = checkpoint.path_of(output, job.run.name)
+        if not resume:
+            path.unlink(missing_ok=True)
+        elif checkpoint.restore(job.run, path, job.mark):
+            console.print(f"{job.run.name}: goes on from step {job.run.progress.step} of {job.run.total_steps}")
+    trainer = JointTrainer(spec, weights, step_tokens=recipe.step_tokens)
+    for job in jobs:
+        trainer.add(job.run)
+    with _stop_on_signal() as stopping:
+        _train(trainer, jobs, output, base, console, stopping, resume)
+        interrupted = bool(trainer.active)
+    summary = _summarise(jobs, output, base, interrupted)
+    _report(summary, output, console)
+    return summary
+
+
+def _read_data(
+    adapters: Sequence[AdapterRecipe], tokenizer: Tokenizer, context: int, root: Path, console: Console
+) -> tuple[list[AdapterData], list[Audit]]:
+    prepared = [prepare(adapter, tokenizer, context, root) for adapter in adapters]
+    audits = [audit for _, audit in prepared]
+    print_report(audits, console)
+    require_clean(audits)
+    return [data for data, _ in prepared], audits
+
+
+def _make_job(recipe: AdapterRecipe, data: AdapterData, spec: ModelSpec, base: BaseIdentity, dtype: str) -> _Job:
+    run = AdapterRun(recipe, spec, data.train, data.validation, compute_dtype=choose_dtype(dtype.split(".")[-1]))
+    data_sha256 = digest(data.train, data.validation)
+    return _Job(recipe, data, run, checkpoint.fingerprint(recipe, base.sha256, data_sha256, dtype), data_sha256)
+
+
+def _train(
+    trainer: JointTrainer,
+    jobs: Sequence[_Job],
+    output: Path,
+    base: BaseIdentity,
+    console: Console,
+    stopping: Callable[[], bool],
+    resume: bool,
+) -> None:
+    """Steps until every adapter has ended or a signal came; an adapter is written as soon as it has ended."""
+    runs = [job.run for job in jobs]
+    metrics = MetricsFile(output / "metrics.jsonl", f"{output.name}-{int(time.time())}", runs if resume else ())
+    saved = time.perf_counter()
+    for job in jobs:
+        if job.run.finished:
+            _finish(job, output, base)
+    try:
+        with Bars(runs, console) as bars:
+            while trainer.active and not stopping():
+                active = [job for job in jobs if not job.run.finished]
+                results = trainer.step()
+                for job in active:
+                    metrics.write(job.run, results[job.run.name])
+                    bars.update(job.run, results[job.run.name])
+                    if job.run.finished:
+                        _finish(job, output, base)
+                if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                    _save(jobs, output)
+                    saved = time.perf_counter()
+    finally:
+        metrics.close()
+        _save(jobs, output)
+
+
+def _save(jobs: Sequence[_Job], output: Path) -> None:
+    for job in jobs:
+        if not job.run.finished:
+            checkpoint.save(job.run, checkpoint.path_of(output, job.run.name), job.mark)
+
+
+def _finish(job: _Job, output: Path, base: BaseIdentity) -> None:
+    """The last checkpoint, then the PEFT folder, unless the adapter failed."""
+    run = job.run
+    if run.progress.stopped == "not finite":
+        return
+    checkpoint.save(run, checkpoint.path_of(output, run.name), job.mark)
+    run.final_weights()
+    settings = run.settings
+    lock = Lock(
+        base=LockedBase(base.name, base.sha256),
+        tokenizer_sha256=base.tokenizer_sha256,
+        stop_ids=base.stop_ids,
+        template=LockedTemplate.of("chat" if job.data.template_kind == "chat" else "prompt", job.data.template_text),
+        recipe_sha256=hashlib.sha256(msgspec.json.encode(job.recipe, order="sorted")).hexdigest(),
+        data_sha256=job.data_sha256,
+        code_version=__version__,
+    )
+    config = LoraConfig(
+        r=settings.rank,
+        alpha=settings.alpha,
+        use_rslora=settings.rslora,
+        target_modules=tuple(MODULES[role].rsplit(".", 1)[1] for role in settings.roles),
+    )
+    pairs = {module_of(site): (a.numpy(), b.numpy()) for site, a, b in run.parameters.named_pairs()}
+    write_peft(output / run.name, config, pairs, base_name=base.name, lock=lock)
+
+
+def _summarise(jobs: Sequence[_Job], output: Path, base: BaseIdentity, interrupted: bool) -> Summary:
+    adapters = {}
+    for job in jobs:
+        p, weights = job.run.progress, output / job.run.name / "adapter_model.safetensors"
+        adapters[job.run.name] = AdapterSummary(
+            steps=p.step,
+            tokens=p.tokens,
+            loss=p.loss,
+            validation_loss=p.validation_loss,
+            best_validation_loss=p.best_loss,
+            stopped=p.stopped,
+            train_seconds=p.seconds,
+            adapter_bytes=weights.stat().st_size if weights.exists() else 0,
+        )
+    summary = Summary(
+        base=base.name,
+        joint_wall_seconds=sum(job.run.progress.seconds for job in jobs),
+        tokens=sum(job.run.progress.tokens for job in jobs),
+        interrupted=interrupted,
+        adapters=adapters,
+    )
+    (output / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
+    return summary
+
+
+def _report(summary: Summary, output: Path, console: Console) -> None:
+    speed = summary.tokens / max(summary.joint_wall_seconds, 1e-9)
+    console.print(
+        f"{len(summary.adapters)} adapters, {summary.tokens:,} tokens in {summary.joint_wall_seconds:.1f} s "
+        f"({speed:,.0f} tokens/s), written to {output}"
+    )
+    failed = [name for name, adapter in summary.adapters.items() if adapter.stopped == "not finite"]
+    if failed:
+        raise TrainingError(
+            f"the loss of {', '.join(failed)} was not finite; not written",
+            hint="lower learning_rate, or set clip",
+            param="learning_rate",
+        )
+    if summary.interrupted:
+        console.print("interrupted: `--resume` goes on from here")
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGINT and SIGTERM only ask to stop; a second one ends the process as usual."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, on_signal)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks: a step frees and takes the same activations again.
+
+    Otherwise each goes back to the kernel and is mapped and zeroed page by page on the next step, which costs more
+    than computing it. Does nothing where the C library is another.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt(mmap_threshold, 2**30)
+    mallopt(trim_threshold, 2**31 - 1)
