@@ -99,7 +99,9 @@ def make_tokenizer(folder: Path) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and then the other one " * 20], trainer)
+    text = "the quick brown fox jumps over the lazy dog and then another one sings of rivers, stars and iron bells "
+    tokenizer.train_from_iterator([text * 20], trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
