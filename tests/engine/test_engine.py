@@ -357,7 +357,7 @@ def test_every_request_ends_exactly_once(world: Any, seed: int) -> None:
     )
     accepted: set[str] = set()
     answers: dict[str, Any] = {}
-    for step in range(150):
+    for _ in range(150):
         now[0] += 1
         for _ in range(chance.randrange(3)):
             name = f"{seed}-{len(accepted)}"

@@ -6,8 +6,8 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from typing import Self
 from pathlib import Path
+from typing import Self
 
 import torch
 from msgspec.structs import replace
@@ -51,7 +51,7 @@ class Engine:
         self.spec, self.base, self.sizes, self.config = spec, base, sizes, config
         self.max_context = sizes.max_context
         self._clock = clock
-        self._stop_ids = frozenset(base.stop_ids) | frozenset(spec.eos_ids)
+        self.stop_ids = frozenset(base.stop_ids) | frozenset(spec.eos_ids)
         self._arrivals = self._steps = 0
         self._blocks = BlockPool(sizes.blocks)
         self._residency = Residency(sizes.slab_bytes, clock=clock)
@@ -128,7 +128,7 @@ class Engine:
         if self._scheduler.knows(request.request_id):
             raise InvalidRequestError(f"request_id: {request.request_id!r} is in use", param="request_id")
         limit = min(len(request.tokens) + sampling.max_tokens, self.max_context)
-        stop_ids = self._stop_ids.union(sampling.stop_token_ids)
+        stop_ids = self.stop_ids.union(sampling.stop_token_ids)
         choices = None
         if sampling.choices is not None:
             self._check_room(len(request.tokens), max(map(len, sampling.choices)))

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from lorikeet.adapters.compiled import Dtype
 from lorikeet.config import EngineConfig
 from lorikeet.errors import ConfigError
 from lorikeet.model.spec import ModelSpec
@@ -30,6 +31,10 @@ class Sizes:
     kv_bytes: int
     slab_bytes: int
     logit_rows: int
+
+    @property
+    def adapter_dtype_name(self) -> Dtype:
+        return "bfloat16" if self.adapter_dtype == torch.bfloat16 else "float32"
 
 
 def choose_device(config: EngineConfig) -> str:
