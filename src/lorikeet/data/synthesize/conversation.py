@@ -328,7 +328,7 @@ def _dialogue(w: Writer) -> str:
         reference = w.slot("code")
         lines += [
             f"{agent}: {w.say('(What is|Can I have|Please give me) your (order|reference|case|booking) number?')}",
-            f"{customer}: {w.say('[it is |sure, |yes, |that would be ]')}{reference}",
+            f"{customer}: {w.pick(('', 'it is ', 'sure, ', 'yes, ', 'that would be '))}{reference}",
         ]
         lines.append(
             f"{agent}: {w.say('(Thank you, |Great, |)I (found|see|have)')} {reference}. {w.sentence(w.pick(_REPLIES))}"
