@@ -23,6 +23,7 @@ WAIT = 242  # never a token
 REFUSE = 243  # add() raises
 FINAL_TWICE = 244
 SLOW = 245  # 20 ms a step
+EOS = 1
 
 BASE = BaseIdentity(name="scripted", sha256="0" * 64, tokenizer_sha256="1" * 64, stop_ids=(0,))
 
@@ -90,7 +91,7 @@ class ScriptedEngine:
         first = not done
         if len(done) < sampling.max_tokens:
             done.append(((done or request.tokens)[-1] + 1) % 256)
-        stopped = bool(done) and not sampling.ignore_eos and done[-1] in sampling.stop_token_ids
+        stopped = bool(done) and not sampling.ignore_eos and done[-1] in (EOS, *sampling.stop_token_ids)
         finish = "stop" if stopped else "length" if len(done) >= sampling.max_tokens else None
         logprobs = prompt_logprobs = None
         if sampling.logprobs is not None:
