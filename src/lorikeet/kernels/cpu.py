@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.cpu_attention import BatchArguments, attention
 from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray, lowrank_add
+from lorikeet.kernels.cpu_rows import add_rms_norm, logits, rms_norm_heads, rope, silu_mul
 from lorikeet.kernels.reference import ReferenceOps
-from lorikeet.types import SiteGroup
+from lorikeet.kernels.weight import DenseWeight, Weight
+from lorikeet.types import Site, SiteGroup
 
 
 class CpuOps(ReferenceOps):
@@ -18,6 +21,42 @@ class CpuOps(ReferenceOps):
         self._segments: SegmentArrays | None = None
         self._batch: BatchArguments | None = None
         self._sites: dict[int, SiteArray] = {}
+
+    def warm(self, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+        """Run every kernel once for activations in `dtype` and a slab in `adapter_dtype`, so that it is compiled, or
+        loaded from the cache of compiled kernels, before the first request. Raises TypeError for other dtypes."""
+        x, angles, weight = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), torch.zeros(1, dtype=dtype)
+        heads = torch.zeros(1, 1, 2, dtype=dtype)
+        self.add_rms_norm(x, x, weight, 1e-5)
+        self.silu_mul(heads[0])
+        self.rope(heads, angles, angles)
+        self.logits(DenseWeight(x), x)
+        site = Site(0, 0, "o", 1, 1)
+        slab = Slab(torch.zeros(2, dtype=adapter_dtype), torch.tensor([[[0, 1, 1, 1, 1]]]), torch.ones(1, 1))
+        segments = Segments(torch.zeros(1, dtype=torch.int64), [0, 1], [0], True)
+        self.lowrank_add(x, x, slab, SiteGroup((site,), (0,)), segments)
+        one, zero = torch.ones(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+        start, slot = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+        cache = LayerCache(heads.clone().unsqueeze(0), heads.clone().unsqueeze(0))
+        self.attention(heads, heads, heads, Batch(slot, slot, start, one, 1, 1, zero, slot), cache, None)
+
+    def logits(self, weight: Weight, x: Tensor) -> Tensor:
+        """A plain head is read as it lies. A packed fp32 product is unrounded already; packed bf16 is unpacked."""
+        if isinstance(weight, DenseWeight) or x.dtype == torch.bfloat16:
+            return logits(weight.dequantised(), x)
+        return weight.linear(x)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm_heads(x, weight, eps) if x.dim() == 3 else add_rms_norm(x, None, weight, eps)[0]
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, eps)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rope(x, cos, sin)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return silu_mul(gate_up)
 
     def lowrank_add(self, y: Tensor, x: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:
         if self._segments is None or self._segments.segments is not segments:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache
 from lorikeet.kernels.cpu_runtime import (
-    TAGS,
     at,
     device_function,
     exp2,
@@ -28,6 +27,7 @@ from lorikeet.kernels.cpu_runtime import (
     narrow,
     share_threads,
     size,
+    tag_of,
 )
 from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, dot, dot_1x4, dot_4x4
 
@@ -287,7 +287,7 @@ def attention(
         raise ValueError(f"attention: head_dim is {d}, the CPU kernel takes at most {TILE}")
     if any(part.stride(2) != 1 or part.stride(1) != d or part.dtype != q.dtype for part in (q, k, v)):
         raise ValueError("attention: q, k and v must have one dtype and dense heads")
-    act, width, parts = TAGS[q.dtype], q.element_size(), share_threads()
+    act, width, parts = tag_of(q), q.element_size(), share_threads()
     ldk, ldv = k.stride(0) * width, v.stride(0) * width
     if cache is None:
         source = (k.data_ptr(), 0, ldk, v.data_ptr(), 0, ldv, EVERYTHING)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Segments, Slab
-from lorikeet.kernels.cpu_runtime import TAGS, at, device_function, hold, kernel, narrow, share_threads, size, widen
+from lorikeet.kernels.cpu_runtime import at, device_function, hold, kernel, narrow, share_threads, size, tag_of, widen
 from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, dot, dot_1x4, dot_4x4, share
 from lorikeet.types import SiteGroup
 
@@ -189,6 +189,6 @@ def lowrank_add(y: Tensor, x: Tensor, slab: Slab, sites: SiteArray, segments: Se
         y.data_ptr(), y.stride(0) * y.element_size(), x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1],
         *segments.arguments, *sites.arguments,
         slab.table.data_ptr(), slab.table.shape[1], slab.scale.data_ptr(), slab.data.data_ptr(),
-        share_threads(), TAGS[x.dtype], TAGS[slab.data.dtype],
+        share_threads(), tag_of(x), tag_of(slab.data),
     )  # fmt: skip
     return y

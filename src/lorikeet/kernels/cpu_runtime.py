@@ -30,11 +30,19 @@ from numba import extending, types
 config: Any = numba.config  # its settings are made at run time
 # For the case that somebody imported numba before us and it has already read the environment.
 config.THREADING_LAYER = os.environ["NUMBA_THREADING_LAYER"]
+config.NUMBA_NUM_THREADS = int(os.environ["NUMBA_NUM_THREADS"])
 
 # Reductions may be reordered and fused, but NaN and infinity keep their meaning.
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 TAGS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
-NUMBA_TYPES = {torch.bfloat16: types.uint16, torch.float32: types.float32}
+
+
+def tag_of(tensor: torch.Tensor) -> Any:
+    """The tag of a tensor's dtype. Raises TypeError where kernels have none."""
+    tag = TAGS.get(tensor.dtype)
+    if tag is None:
+        raise TypeError(f"CPU kernels compute in bfloat16 or float32, found {tensor.dtype}")
+    return tag
 
 
 def shares_openmp() -> bool:
@@ -97,11 +105,6 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function with `prange` loops that Python calls; serial where the OpenMP runtime is not shared."""
     return numba.njit(cache=True, fastmath=FAST, error_model="numpy", nogil=True, parallel=PARALLEL)(function)
-
-
-def compile_for(compiled: Any, integers: int, *dtypes: torch.dtype, scalars: tuple[Any, ...] = ()) -> None:
-    """Compile a kernel, or load it from the cache, for `integers` int64 arguments, `scalars`, then dtype tags."""
-    compiled.compile((types.int64,) * integers + scalars + tuple(NUMBA_TYPES[dtype] for dtype in dtypes))
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
