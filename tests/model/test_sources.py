@@ -38,6 +38,11 @@ def test_a_folder_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
             find_model(name)
 
 
+def test_the_embedded_base_has_its_own_name(cache: Path) -> None:
+    folder = find_model(None)
+    assert folder == find_model("lorikeet-nano") and identify(folder).name == "lorikeet-nano"
+
+
 @pytest.mark.parametrize("kind", ["offline", "unknown"])
 def test_the_hub_says_clearly_what_is_wrong(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub

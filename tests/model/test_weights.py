@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from tests.fixtures import FAMILIES, WINDOW, make_batch, oracle, sample_tokens
 from lorikeet.errors import ModelError
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.kernels.weight import DenseWeight
-from lorikeet.model.decoder import forward
-from lorikeet.model.names import checkpoint_shapes
-from lorikeet.model.weights import load, load_spec, named_tensors, rope_tables
+from lorikeet.model.decoder import DecoderWeights, forward
+from lorikeet.model.names import EMBED, FINAL_NORM, HEAD, MODULES, NORMS, checkpoint_shapes, layer_module
+from lorikeet.model.spec import ModelSpec
+from lorikeet.model.weights import load, load_spec, rope_tables
 
 Checkpoint = Callable[..., Path]
 
@@ -27,6 +28,27 @@ def logprobs(folder: Path, rows: list[torch.Tensor], dtype: torch.dtype = torch.
     spec, weights = load(folder, dtype)
     with torch.no_grad():
         return forward(spec, weights, make_batch(rows, [None] * len(rows)), ReferenceOps()).log_softmax(-1)
+
+
+def named_tensors(spec: ModelSpec, weights: DecoderWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor under its published name."""
+    yield f"{EMBED}.weight", weights.embed
+    for i, layer in enumerate(weights.layers):
+        for norm, name in NORMS.items():
+            tensor = getattr(layer, norm)
+            if tensor is not None:
+                yield f"{layer_module(i, name)}.weight", tensor
+        for product, group in spec.groups[i].items():
+            weight = getattr(layer, product)
+            plain, bias = weight.dequantised(), weight.bias
+            for site, offset in zip(group.sites, group.offsets, strict=True):
+                module = layer_module(i, MODULES[site.role])
+                yield f"{module}.weight", plain[offset : offset + site.d_out]
+                if bias is not None:
+                    yield f"{module}.bias", bias[offset : offset + site.d_out]
+    yield f"{FINAL_NORM}.weight", weights.norm
+    if not spec.tie_embeddings:
+        yield f"{HEAD}.weight", weights.head.dequantised()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +74,7 @@ def test_a_window_changes_the_answer(checkpoint: Checkpoint, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "qwen3"])
-def test_weights_go_round(family: str, checkpoint: Checkpoint) -> None:
+def test_every_tensor_is_in_its_place(family: str, checkpoint: Checkpoint) -> None:
     folder = checkpoint(family)
     spec, weights = load(folder, torch.float32)
     stored, ours = load_file(folder / "model.safetensors"), dict(named_tensors(spec, weights))

@@ -21,6 +21,7 @@ from lorikeet.types import BaseIdentity
 __all__ = ["EMBEDDED", "BaseIdentity", "cache_folder", "checkpoint_files", "find_model", "identify"]
 
 EMBEDDED = "lorikeet-nano"
+_EMBEDDED_FOLDER = Path(str(resources.files("lorikeet"))) / "nano"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER = 100 * 2**20  # what safetensors itself allows
@@ -32,10 +33,9 @@ def find_model(name: str | None) -> Path:
     A hub model is downloaded (only what is needed) into the hub's own cache. Raises ModelError.
     """
     if name is None or name == EMBEDDED:
-        folder = Path(str(resources.files("lorikeet"))) / "nano"
-        if not (folder / "config.json").exists():
+        if not (_EMBEDDED_FOLDER / "config.json").exists():
             raise ModelError(f"the embedded base {EMBEDDED} is not in this installation", hint="name a model folder")
-        return folder
+        return _EMBEDDED_FOLDER
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -105,7 +105,7 @@ def identify(folder: Path, name: str | None = None) -> BaseIdentity:
     """
     tokenizer = Tokenizer(folder)
     return BaseIdentity(
-        name=name or folder.name,
+        name=name or (EMBEDDED if folder == _EMBEDDED_FOLDER else folder.name),
         sha256=_weights_sha256(folder),
         tokenizer_sha256=tokenizer.sha256,
         stop_ids=tokenizer.stop_ids,

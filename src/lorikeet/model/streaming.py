@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
-REPLACEMENT = "\ufffd"
-
 
 class Pieces(Protocol):
     """What the stream decoder needs of a tokenizer; `model.tokenizer.Tokenizer` is one."""

@@ -77,11 +77,6 @@ class Tokenizer:
         piece: str | None = self._backend.id_to_token(token)
         return piece
 
-    def token_id(self, piece: str) -> int | None:
-        """The id of a vocabulary entry, None where there is none."""
-        token: int | None = self._backend.token_to_id(piece)
-        return token
-
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token adds to a text; empty beyond the vocabulary."""
         piece = self.piece(token)
@@ -205,7 +200,10 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
         raise ModelError(
             f"{folder}: no tokenizer.json", hint="converting other tokenizers needs `pip install transformers`"
         ) from error
-    converted = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    try:
+        converted = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be converted: {error}") from error
     if not converted.is_fast:
         raise ModelError(f"{folder}: the tokenizer {type(converted).__name__} has no fast form")
     backend: tokenizers.Tokenizer = converted.backend_tokenizer

@@ -1,9 +1,9 @@
-"""A base model's tensors: safetensors on disk -> `DecoderWeights` in memory, and back."""
+"""A base model's tensors: safetensors on disk -> `DecoderWeights` in memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from lorikeet.model.names import EMBED, FINAL_NORM, HEAD, MODULES, NORMS, checkp
 from lorikeet.model.sources import checkpoint_files
 from lorikeet.model.spec import ModelSpec
 
-__all__ = ["MakeWeight", "load", "load_spec", "named_tensors", "rope_tables"]
+__all__ = ["MakeWeight", "load", "load_spec", "rope_tables"]
 
 MakeWeight = Callable[[Tensor, Tensor | None], Weight]
 _DTYPES = ("F32", "BF16", "F16", "F64")
@@ -29,8 +29,9 @@ def load(
 ) -> tuple[ModelSpec, DecoderWeights]:
     """The checkpoint in `folder`, every tensor in `dtype` on `device`.
 
-    q/k/v and gate/up are joined into one `Weight` each while they are read, so that no weight is held twice; a tied
-    head is the embedding itself. Raises ModelError naming what is missing, misshapen, unexpected or unreadable.
+    q/k/v and gate/up are joined into one `Weight` each while they are read, so that no weight is held twice. The head
+    stays plain: a tied one is the embedding itself, and unrounded logits read it as it lies. Raises ModelError naming
+    what is missing, misshapen, unexpected or unreadable.
     """
     spec = load_spec(folder)
     with torch.no_grad():
@@ -40,7 +41,7 @@ def load(
         head = embed if spec.tie_embeddings else source.tensor(f"{HEAD}.weight")
         cos, sin = rope_tables(spec, dtype, device)
         norm = source.tensor(f"{FINAL_NORM}.weight")
-        return spec, DecoderWeights(embed, layers, norm, make_weight(head, None), cos, sin)
+        return spec, DecoderWeights(embed, layers, norm, DenseWeight(head), cos, sin)
 
 
 def rope_tables(
@@ -65,27 +66,6 @@ def rope_tables(
     angles = torch.outer(torch.arange(spec.max_context).float(), inverse)
     wide = torch.promote_types(dtype, torch.float32)
     return angles.cos().to(device, wide), angles.sin().to(device, wide)
-
-
-def named_tensors(spec: ModelSpec, weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its published name, for writing a checkpoint: views where the weight is held plainly."""
-    yield f"{EMBED}.weight", weights.embed
-    for i, layer in enumerate(weights.layers):
-        for norm, name in NORMS.items():
-            tensor = getattr(layer, norm)
-            if tensor is not None:
-                yield f"{layer_module(i, name)}.weight", tensor
-        for product, group in spec.groups[i].items():
-            weight: Weight = getattr(layer, product)
-            plain, bias = weight.dequantised(), weight.bias
-            for site, offset in zip(group.sites, group.offsets, strict=True):
-                module = layer_module(i, MODULES[site.role])
-                yield f"{module}.weight", plain[offset : offset + site.d_out]
-                if bias is not None:
-                    yield f"{module}.bias", bias[offset : offset + site.d_out]
-    yield f"{FINAL_NORM}.weight", weights.norm
-    if not spec.tie_embeddings:
-        yield f"{HEAD}.weight", weights.head.dequantised()
 
 
 def _load_layer(source: _Checkpoint, spec: ModelSpec, layer: int, make_weight: MakeWeight) -> LayerWeights:
