@@ -170,7 +170,7 @@ class PretrainRun:
         self.muon = Muon(matrices, momentum=plan.momentum, weight_decay=plan.weight_decay)
         self.adamw = AdamW(others)
         self.schedule = TrapezoidalSchedule(warmup=plan.warmup_tokens, total=plan.tokens, decay=plan.decay_tokens)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.tokens, self.core_seconds = 0, 0, 0.0
         self.corpora: list[Corpus] = []
         self.taken: dict[str, int] = {}
         self.mixture: Mixture | None = None
@@ -215,10 +215,10 @@ class PretrainRun:
         self.stopping = True
 
     def _logged_step(self, show: Callable[[float, float], None]) -> None:
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         loss, norm = self.train_step()
         took = time.monotonic() - began
-        self.seconds += took
+        self.core_seconds += time.process_time() - cpu_began
         if not math.isfinite(loss):
             raise DataError(
                 f"the loss is {loss} at step {self.step}",
@@ -300,7 +300,7 @@ class PretrainRun:
             "taken": dict(self.taken),
             "step": self.step,
             "tokens": self.tokens,
-            "seconds": self.seconds,
+            "seconds": self.core_seconds,
             "schedule": [self.schedule.total, self.schedule.decay],
             "validation": dict(self.validation),
         }
@@ -319,7 +319,7 @@ class PretrainRun:
         self.adamw.load_state_dict(state["adamw"])
         self.working.refresh()
         self.taken = dict(state["taken"])
-        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.step, self.tokens, self.core_seconds = state["step"], state["tokens"], state["seconds"]
         total, decay = state["schedule"]
         self.schedule = TrapezoidalSchedule(warmup=self.schedule.warmup, total=total, decay=decay)
         self.validation = dict(state["validation"])
@@ -329,7 +329,7 @@ class PretrainRun:
         facts = RunFacts(
             step=self.step,
             tokens=self.tokens,
-            core_hours=self.seconds * self.recipe.threads / 3600,
+            core_hours=self.core_seconds / 3600,
             finished=self.finished,
             bits_per_byte=self.validation,
             rows=self.taken,
