@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train.small import packed_batch, random_base
 
-from lorikeet.kernels.batch import Batch, Slab
+from lorikeet.kernels.batch import Slab
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.model.decoder import forward
 from lorikeet.model.spec import ModelSpec
@@ -57,8 +58,8 @@ def gradcheck(function: Callable[..., Any], *inputs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_attention_is_the_references(make_batch: Callable[..., Batch], window: int | None) -> None:
-    batch = make_batch([300, 5, 1, 9, 12, 40, 257, 7])
+def test_attention_is_the_references(window: int | None) -> None:
+    batch = packed_batch([300, 5, 1, 9, 12, 40, 257, 7])
     tokens = len(batch.tokens)
     q, k, v = normal(tokens, 6, 8), normal(tokens, 2, 8, seed=1), normal(tokens, 2, 8, seed=2)
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -76,15 +77,15 @@ def test_attention_is_the_references(make_batch: Callable[..., Batch], window: i
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def test_attention_gradcheck(make_batch: Callable[..., Batch]) -> None:
-    layout = RowBuckets.of(make_batch([3, 1, 5]))
+def test_attention_gradcheck() -> None:
+    layout = RowBuckets.of(packed_batch([3, 1, 5]))
     gradcheck(
         lambda q, k, v: packed_attention(q, k, v, layout, 3), normal(9, 4, 2), normal(9, 2, 2), normal(9, 2, 2, seed=1)
     )
 
 
-def test_a_row_of_nan_stays_alone(make_batch: Callable[..., Batch]) -> None:
-    batch = make_batch([3, 5, 6, 2])
+def test_a_row_of_nan_stays_alone() -> None:
+    batch = packed_batch([3, 5, 6, 2])
     q, k, v = normal(16, 2, 4), normal(16, 2, 4, seed=1), normal(16, 2, 4, seed=2)
     clean = packed_attention(q, k, v, RowBuckets.of(batch), None)
     for x in (q, k, v):
@@ -94,8 +95,8 @@ def test_a_row_of_nan_stays_alone(make_batch: Callable[..., Batch]) -> None:
     assert torch.equal(clean[others], dirty[others])
 
 
-def test_elementwise_gradchecks(make_batch: Callable[..., Batch]) -> None:
-    ops = TrainOps(make_batch([4]))
+def test_elementwise_gradchecks() -> None:
+    ops = TrainOps(packed_batch([4]))
     weight, cos, sin = normal(6), normal(4, 3, seed=1).cos(), normal(4, 3, seed=1).sin()
     gradcheck(lambda x: ops.rms_norm(x, weight, 1e-5), normal(4, 6))
     gradcheck(lambda x, r: ops.add_rms_norm(x, r, weight, 1e-5), normal(4, 6), normal(4, 6, seed=1))
@@ -103,8 +104,8 @@ def test_elementwise_gradchecks(make_batch: Callable[..., Batch]) -> None:
     gradcheck(ops.silu_mul, normal(4, 6))
 
 
-def test_elementwise_are_the_references(make_batch: Callable[..., Batch]) -> None:
-    ops = TrainOps(make_batch([4]))
+def test_elementwise_are_the_references() -> None:
+    ops = TrainOps(packed_batch([4]))
     x, r, weight, cos, sin = normal(4, 6), normal(4, 6, seed=1), normal(6), normal(4, 3).cos(), normal(4, 3).sin()
     for ours, theirs in [
         (ops.add_rms_norm(x, r, weight, 1e-5), reference.add_rms_norm(x, r, weight, 1e-5)),
@@ -115,8 +116,8 @@ def test_elementwise_are_the_references(make_batch: Callable[..., Batch]) -> Non
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_loss_gradcheck_and_cross_entropy(make_base: Callable[..., Any]) -> None:
-    _, weights = make_base()
+def test_loss_gradcheck_and_cross_entropy() -> None:
+    _, weights = random_base()
     targets = torch.tensor([3, 60, 0, 7])
     x = normal(4, 24)
     expected = torch.nn.functional.cross_entropy(weights.head.linear(x), targets, reduction="none")
@@ -124,12 +125,10 @@ def test_loss_gradcheck_and_cross_entropy(make_base: Callable[..., Any]) -> None
     gradcheck(lambda x: completion_loss(x, weights.head, targets), x)
 
 
-def test_forward_and_gradients_are_the_references(
-    make_base: Callable[..., Any], make_batch: Callable[..., Batch]
-) -> None:
+def test_forward_and_gradients_are_the_references() -> None:
     """The whole decoder with three adapters: logits and every gradient of A and B equal autograd's own."""
-    spec, weights = make_base(windows=(None, 6))
-    batch = make_batch(LENGTHS, ADAPTERS)
+    spec, weights = random_base(windows=(None, 6))
+    batch = packed_batch(LENGTHS, ADAPTERS)
     adapters = adapters_for(spec, compute_dtype=torch.float64)
     slab = slab_of(spec, adapters)
     slab.data.requires_grad_()
@@ -152,10 +151,10 @@ class _CloningReference(ReferenceOps):
         return super().lowrank_add(y.clone(), *args)
 
 
-def test_dropout_gradients(make_base: Callable[..., Any], make_batch: Callable[..., Batch]) -> None:
+def test_dropout_gradients() -> None:
     """dloss along a random direction of the parameters and finite differences agree with the mask on."""
-    spec, weights = make_base()
-    batch = make_batch(LENGTHS, ADAPTERS)
+    spec, weights = random_base()
+    batch = packed_batch(LENGTHS, ADAPTERS)
     adapters = adapters_for(spec, compute_dtype=torch.float64)
     starts = [0, 6, 27, 50]
     dropout = [Dropout(0.4, i, 7, torch.arange(a, b)) for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False))]

@@ -1,18 +1,19 @@
-"""Tiny random bases and packed batches for the tests of this room."""
+"""Tiny random bases, packed batches, recipes and examples for the tests of this room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
+from typing import Any
 
-import pytest
 import torch
 
+from lorikeet.config import AdapterRecipe, TrainData, TrainRecipe, resolve_adapters
 from lorikeet.kernels.batch import Batch, Segments
 from lorikeet.kernels.weight import DenseWeight
 from lorikeet.model.decoder import DecoderWeights, LayerWeights
 from lorikeet.model.spec import ModelSpec
-
-MakeBase = Callable[..., tuple[ModelSpec, DecoderWeights]]
+from lorikeet.train.dataset import Example
 
 
 def random_base(
@@ -48,8 +49,8 @@ def random_base(
     embed = tensor(spec.vocab_size, h)
     angles = torch.arange(spec.max_context)[:, None] * 100.0 ** (-torch.arange(4) / 4)[None, :]
     wide = torch.promote_types(dtype, torch.float32)
-    weights = DecoderWeights(
-        embed, layers, tensor(h, scale=0.1, shift=1), DenseWeight(embed), angles.cos().to(wide), angles.sin().to(wide)
+    weights = DecoderWeights(  # the last norm gives logits a standard deviation of about 2
+        embed, layers, tensor(h, scale=0.1, shift=0.45), DenseWeight(embed), angles.cos().to(wide), angles.sin().to(wide)
     )
     return spec, weights
 
@@ -75,11 +76,19 @@ def packed_batch(lengths: Sequence[int], adapters: Sequence[int] | None = None, 
     )
 
 
-@pytest.fixture(scope="session")
-def make_base() -> MakeBase:
-    return random_base
+def resolved(name: str = "a", **settings: Any) -> AdapterRecipe:
+    """A resolved recipe with the given settings; the template is never used."""
+    shared = {"data": TrainData(train="x.jsonl"), "prompt": "{a}", "completion": "{b}"}
+    recipe = AdapterRecipe(name=name, **{**shared, **settings})
+    return resolve_adapters(TrainRecipe(version=1, base="x", output="x", adapters=[recipe]))[0]
 
 
-@pytest.fixture(scope="session")
-def make_batch() -> Callable[..., Batch]:
-    return packed_batch
+def random_examples(count: int, seed: int = 0, *, longest: int = 24, vocabulary: int = 61) -> list[Example]:
+    """Rows of 4 to `longest` random tokens of which the last 1 to 3 are learned."""
+    generator = random.Random(seed)
+    examples = []
+    for line in range(1, count + 1):
+        tokens = [generator.randrange(vocabulary) for _ in range(generator.randint(4, longest))]
+        learned = ((len(tokens) - generator.randint(1, 3), len(tokens)),)
+        examples.append(Example(line, tokens, learned, f"{line}", f"{line}"))
+    return examples
