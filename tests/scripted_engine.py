@@ -1,6 +1,6 @@
 """An engine that does as told, for tests of what stands around it. Run as a process it takes the socket's address.
 
-A request's next token is its last one plus one (mod 256). The first prompt token may be an order:
+A request's next token is its last one plus one (mod 240). The first prompt token may be an order:
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ScriptedEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         first = not done
         if len(done) < sampling.max_tokens:
-            done.append(((done or request.tokens)[-1] + 1) % 256)
+            done.append(((done or request.tokens)[-1] + 1) % 240)
         stopped = bool(done) and not sampling.ignore_eos and done[-1] in (EOS, *sampling.stop_token_ids)
         finish = "stop" if stopped else "length" if len(done) >= sampling.max_tokens else None
         logprobs = prompt_logprobs = None
@@ -111,9 +111,10 @@ class ScriptedEngine:
 
     def stats(self) -> EngineStats:
         zeros = dict.fromkeys(EngineStats.__struct_fields__[:-1], 0)
-        adapters = [AdapterStats(digest=digest, resident=True, bytes=0, hits=0, last_used=0, max_rank=1, running=0) for digest in self.adapters]
+        blank = {"resident": True, "bytes": 0, "hits": 0, "last_used": 0, "max_rank": 1, "running": 0}
+        adapters = [AdapterStats(digest=digest, **blank) for digest in self.adapters]
         return EngineStats(**(zeros | {"running": len(self.requests)}), adapters=adapters)
 
 
 if __name__ == "__main__":
-    sys.exit(run(ScriptedEngine.build, [sys.executable, __file__.replace("scripted_engine", "scripted_loader")]))
+    run(ScriptedEngine.build, [sys.executable, __file__.replace("scripted_engine", "scripted_loader")])

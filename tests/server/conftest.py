@@ -42,3 +42,9 @@ def scripted(bare_model: Path, tmp_path: Path) -> Iterator[Hosted]:
     (tmp_path / "adapters").mkdir()
     with hosted(bare_model, tmp_path / "adapters", scripted=True, queue=8) as server:
         yield server
+
+
+@pytest.fixture
+def own_cache_folder(tmp_path: Path) -> Iterator[None]:
+    with own_cache(tmp_path / "cache"):
+        yield

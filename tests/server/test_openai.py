@@ -75,7 +75,8 @@ def test_lm_eval_wire_facts(live: Hosted) -> None:
     """The likelihood request of lm-eval's `local-completions`: token ids, one token more, floats that compare equal."""
     info = live.http.get("/tokenizer_info").json()
     assert info["eos_token"] == "</s>" and info["chat_template"]
-    rows = [live.post("/tokenize", {"prompt": p, "add_special_tokens": False}).json()["tokens"] for p in ("the fox", "a dog")]
+    bodies = [{"prompt": prompt, "add_special_tokens": False} for prompt in ("the fox", "a dog")]
+    rows = [live.post("/tokenize", body).json()["tokens"] for body in bodies]
     assert live.post("/detokenize", {"tokens": rows[0]}).json() == {"prompt": "the fox"}
     greedy = live.complete(prompt=rows[0], max_tokens=4, temperature=0, logprobs=1)["choices"][0]
     answer = live.complete(

@@ -7,11 +7,12 @@ an error and exits, so that a clean one takes its place; it never goes on with a
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import zmq
 
@@ -204,19 +205,22 @@ def _info_of(error: Exception) -> ErrorInfo:
     return ErrorInfo(code="internal_error", message=f"{type(error).__name__}: {error}")
 
 
-def run(build: BuildEngine, loader_command: list[str] | None = None) -> int:
+def run(build: BuildEngine, loader_command: list[str] | None = None) -> NoReturn:
     """The whole life of an engine process started by `link.EngineClient`; the socket's address is the last argument."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(name)s: %(message)s")
-    return EngineProcess(sys.argv[-1], build, loader_command).run()
+    code = EngineProcess(sys.argv[-1], build, loader_command).run()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)  # taking down torch and LLVM piece by piece would hold up a restart for two seconds
 
 
-def main() -> int:
+def main() -> NoReturn:
     from lorikeet.engine.hosted import HostedEngine
 
-    return run(HostedEngine.build)
+    run(HostedEngine.build)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
