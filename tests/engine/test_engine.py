@@ -16,8 +16,9 @@ EOS = 0
 
 
 def mixed_requests(world: Any) -> tuple[list[Any], list[Request]]:
-    """Three adapters of different ranks and the base, greedy and sampled, short and long prompts."""
-    infos = [world.adapter(seed, rank) for seed, rank in ((1, 1), (2, 3), (3, 5))]
+    """Three adapters of different ranks and targets, and the base, greedy and sampled, short and long prompts."""
+    targets = {1: ("q", "k", "down"), 3: ("v", "o", "gate"), 5: ("q", "up", "down")}
+    infos = [world.adapter(10 + rank, rank, roles) for rank, roles in targets.items()]
     digests = [None, *(info.digest for info in infos)]
     requests = []
     for i in range(12):

@@ -264,7 +264,7 @@ class Scheduler:
         found: list[int] = []
         if self.prefix_cache:
             reusable = sequence.scored if sequence.scores_prompt and sequence.unscored else len(sequence.tokens) - 1
-            found = self.blocks.match(self._keys(sequence, min(reusable, len(sequence.tokens) - 1) // self.block_size))
+            found = self.blocks.match(self._keys(sequence, reusable // self.block_size))
         needed = self._blocks_for(len(sequence.tokens)) - len(found)
         room = self.blocks.free - self.blocks.idle(found)
         if needed + len(self.running) > room and (self.running or needed > room):  # leave a block for each to grow
