@@ -81,6 +81,7 @@ class Engine:
     def build(cls, config: EngineConfig) -> Self:
         """Load the model, pick the kernels, choose the sizes. Raises ModelError or ConfigError."""
         from lorikeet import kernels
+        from lorikeet.kernels.weight import pack
         from lorikeet.model import sources
         from lorikeet.model import weights as model_weights
 
@@ -90,10 +91,10 @@ class Engine:
         dtype = choose_dtype(config.dtype)
         started = time.perf_counter()
         folder = sources.find_model(config.model)
-        ops = kernels.pick(device)
-        spec, weights = model_weights.load(folder, dtype)
+        spec, weights = model_weights.load(folder, dtype, pack)
         base = sources.identify(folder, config.model)
         sizes = choose_sizes(config, spec, dtype)
+        ops = kernels.pick(device, dtype, sizes.adapter_dtype)
         engine = cls(spec, base, weights, ops, sizes, config)
         log.info(
             "%s (%s) ready in %.1f s: %s, context %d, %d sequences, cache %.0f MiB (%d tokens), adapters %.0f MiB %s",
