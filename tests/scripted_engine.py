@@ -1,6 +1,6 @@
 """An engine that does as told, for tests of what stands around it. Run as a process it takes the socket's address.
 
-A request's next token is its last one plus one (mod 240). The first prompt token may be an order:
+A request's next token is its last one plus one (mod 240). The last prompt token may be an order:
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lorikeet.errors import InvalidRequestError, ModelError, OverloadedError
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, AdapterStats, BaseIdentity, EngineStats, Event, Request, TokenLogprob
 
-RAISE_IN_STEP = 240  # after two tokens
-DIE = 241  # after two tokens, as by kill -9
-WAIT = 242  # never a token
-REFUSE = 243  # add() raises
-FINAL_TWICE = 244
-SLOW = 245  # 20 ms a step
+RAISE_IN_STEP = 246  # after two tokens
+DIE = 247  # after two tokens, as by kill -9
+WAIT = 248  # never a token
+REFUSE = 249  # add() raises
+FINAL_TWICE = 250
+SLOW = 251  # 20 ms a step
 EOS = 1
 
 BASE = BaseIdentity(name="scripted", sha256="0" * 64, tokenizer_sha256="1" * 64, stop_ids=(0,))
@@ -58,7 +58,7 @@ class ScriptedEngine:
         self.adapters[info.digest] = info
 
     def add(self, request: Request) -> None:
-        if request.tokens[0] == REFUSE:
+        if request.tokens[-1] == REFUSE:
             raise InvalidRequestError("refused as told", param="prompt")
         if len(self.requests) >= self.config.queue:
             raise OverloadedError(f"the queue is full ({self.config.queue})", retry_after=2.0)
@@ -72,21 +72,21 @@ class ScriptedEngine:
             self.events.append(Event(request_id=request_id, finish="cancelled"))
 
     def has_work(self) -> bool:
-        return bool(self.events) or any(r.tokens[0] != WAIT for r in self.requests.values())
+        return bool(self.events) or any(r.tokens[-1] != WAIT for r in self.requests.values())
 
     def step(self) -> list[Event]:
         events, self.events = self.events, []
-        time.sleep(0.02 if any(r.tokens[0] == SLOW for r in self.requests.values()) else 0.001)
+        time.sleep(0.02 if any(r.tokens[-1] == SLOW for r in self.requests.values()) else 0.001)
         for request in list(self.requests.values()):
-            if request.tokens[0] != WAIT:
+            if request.tokens[-1] != WAIT:
                 events += self.advance(request)
         return events
 
     def advance(self, request: Request) -> list[Event]:
         key, sampling, done = request.request_id, request.sampling, self.tokens[request.request_id]
-        if len(done) == 2 and request.tokens[0] == RAISE_IN_STEP:
+        if len(done) == 2 and request.tokens[-1] == RAISE_IN_STEP:
             raise RuntimeError("as told")
-        if len(done) == 2 and request.tokens[0] == DIE:
+        if len(done) == 2 and request.tokens[-1] == DIE:
             os.kill(os.getpid(), signal.SIGKILL)
         first = not done
         if len(done) < sampling.max_tokens:
@@ -104,7 +104,7 @@ class ScriptedEngine:
             request_id=key, tokens=done[-1:] if sampling.max_tokens else [], logprobs=logprobs,
             prompt_logprobs=prompt_logprobs, finish=finish,
         )  # fmt: skip
-        return [event, event] if finish and request.tokens[0] == FINAL_TWICE else [event]
+        return [event, event] if finish and request.tokens[-1] == FINAL_TWICE else [event]
 
     def logprob(self, token: int, count: int) -> TokenLogprob:
         return TokenLogprob(token, -0.5, [((token + i) % 256, -0.5 - i) for i in range(count)])

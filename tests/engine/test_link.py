@@ -22,7 +22,7 @@ from lorikeet.errors import LorikeetError
 from lorikeet.types import Event, Request, SamplingParams
 
 SCRIPTED = Path(__file__).parent.parent / "scripted_engine.py"
-RAISE_IN_STEP, DIE, WAIT, REFUSE, FINAL_TWICE, SLOW = range(240, 246)
+RAISE_IN_STEP, DIE, WAIT, REFUSE, FINAL_TWICE, SLOW = range(246, 252)
 
 
 @asynccontextmanager

@@ -95,6 +95,8 @@ def hosted(
         finally:
             ready.set()
 
+    patch = pytest.MonkeyPatch()
+    patch.setattr("lorikeet.server.catalogue.RESCAN_SECONDS", 0.0)  # tests do not wait for a second to pass
     thread = threading.Thread(target=target)
     thread.start()
     ready.wait(120)
@@ -108,6 +110,7 @@ def hosted(
         finally:
             server.drain()
             thread.join(30)
+            patch.undo()
             assert not thread.is_alive()
             if "error" in found:
                 raise found["error"]

@@ -49,7 +49,9 @@ def test_unknown_models(live: Hosted, path: str) -> None:
     assert error["code"] == "model_not_found" and "'nobody'" in error["message"] and "adapter-00" in error["hint"]
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b'{"prompt": "x",}', b"\xff\xfe", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b'{"prompt": "x",}', b"\xff\xfe", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}']
+)
 def test_malformed_json(live: Hosted, data: bytes) -> None:
     error = error_of(live.http.post("/v1/completions", content=data), 400)
     assert error["code"] == "malformed_json"
@@ -115,11 +117,11 @@ def test_chats_that_make_no_sense(live: Hosted, fields: dict[str, Any], param: s
 
 
 def test_null_is_absent(live: Hosted) -> None:
-    nulls = dict.fromkeys(["model", "max_tokens", "temperature", "top_p", "n", "stop", "seed", "stream", "echo", "suffix",
-                           "logprobs", "best_of", "logit_bias", "user", "frequency_penalty", "stream_options"])  # fmt: skip
-    assert live.complete(**{**nulls, "prompt": "x", "max_tokens": 1})["model"] == "llama"
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": "", "user": "me"}
-    assert live.complete(**neutral, prompt="x", max_tokens=1)
+    names = """model max_tokens temperature top_p n stop seed stream echo suffix logprobs best_of logit_bias user
+        frequency_penalty stream_options"""
+    assert live.complete(**{**dict.fromkeys(names.split()), "prompt": "x", "max_tokens": 1})["model"] == "llama"
+    zeros = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": ""}
+    assert live.complete(**zeros, user="me", prompt="x", max_tokens=1)
 
 
 def test_prompts_that_do_not_fit(live: Hosted) -> None:
@@ -195,7 +197,7 @@ def pickled(folder: Path) -> None:
 def misshape(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
-    name = next(name for name in tensors if "lora_A" in name)
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
     tensors[name] = tensors[name][:, :-1].copy()
     save_file(tensors, path)
 
@@ -217,7 +219,6 @@ def unknown_kind(folder: Path) -> None:
 )
 def test_broken_adapters_are_refused_by_name(live: Hosted, put: Any, change: Any, said: list[str]) -> None:
     put("broken", change)
-    time.sleep(1.1)
     for _ in range(2):
         error = error_of(live.post("/v1/completions", {"model": "broken", "prompt": "x"}), 422)
         text = f"{error['message']} {error['hint']} {error['param']}"
@@ -225,18 +226,15 @@ def test_broken_adapters_are_refused_by_name(live: Hosted, put: Any, change: Any
     unharmed(live)
 
 
-def test_adapters_come_change_and_go_without_a_restart(live: Hosted, put: Any, adapters: Callable[..., list[Path]]) -> None:
+def test_adapters_come_change_and_go_without_a_restart(live: Hosted, put: Any, adapters: Any) -> None:
     fields = {"model": "fresh", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     error_of(live.post("/v1/completions", fields), 404)
     folder = put("fresh", lambda _: None)
-    time.sleep(1.1)
     assert live.complete(**fields)["choices"] == live.complete(**{**fields, "model": "adapter-00"})["choices"]
     for file in adapters("llama", 2)[1].iterdir():
         shutil.copy(file, folder / file.name)
-    time.sleep(1.1)
     assert live.complete(**fields)["choices"] == live.complete(**{**fields, "model": "adapter-01"})["choices"]
     moved = folder.rename(folder.parent / ".away")
-    time.sleep(1.1)
     error_of(live.post("/v1/completions", fields), 404)
     moved.rename(folder)
 
@@ -245,7 +243,6 @@ def test_a_lock_for_another_base_is_a_conflict(live: Hosted, put: Any) -> None:
     base = live.state.info.base
     lock = Lock(base=LockedBase("another", "f" * 64), tokenizer_sha256=base.tokenizer_sha256, stop_ids=base.stop_ids)
     put("stranger", lambda folder: write_lock(folder, lock))
-    time.sleep(1.1)
     error = error_of(live.post("/v1/completions", {"model": "stranger", "prompt": "x"}), 409)
     assert error["code"] == "lock_mismatch" and "another" in error["hint"] and "--allow-lock-mismatch" in error["hint"]
     models = {model["id"]: model for model in live.http.get("/v1/models").json()["data"]}
@@ -307,7 +304,8 @@ def test_a_client_that_leaves_frees_its_blocks(live: Hosted) -> None:
     while live.state.engine.in_flight:
         assert time.monotonic() < deadline, "requests of clients that left go on"
         time.sleep(0.02)
-    gauges = dict(line.split() for line in live.http.get("/metrics").text.splitlines() if line.startswith("lorikeet_engine"))
+    lines = live.http.get("/metrics").text.splitlines()
+    gauges = dict(line.split() for line in lines if line.startswith("lorikeet_engine"))
     assert gauges["lorikeet_engine_running"] == "0.0"
     assert gauges["lorikeet_engine_blocks_free"] == gauges["lorikeet_engine_blocks_total"]
 
@@ -362,9 +360,9 @@ def test_a_dead_engine(scripted: Hosted, order: int) -> None:
 
 
 def test_a_lorax_stream_ends_with_its_own_error(scripted: Hosted) -> None:
-    text = scripted.state.models.base.tokenizer
-    order = text.decode([DIE], skip_special_tokens=False)
-    assert text.encode(order) == [DIE]
+    tokenizer = scripted.state.models.base.tokenizer
+    order = (b"\xc3" + tokenizer.token_bytes(DIE)).decode()
+    assert tokenizer.encode(order)[-1] == DIE
     events = scripted.stream("/generate_stream", {"inputs": order, "parameters": {"max_new_tokens": 9}})
     assert [set(event) for event in events[:-1]] == [{"token", "generated_text", "details"}] * 2
     assert events[-1]["error_type"] == "unavailable" and events[-1]["retryable"] is True
@@ -390,7 +388,8 @@ def test_health_and_draining(bare_model: Path) -> None:
     with hosted(bare_model, scripted=True, serve_settings={"drain_seconds": 5.0}) as server:
         for path in ("/health", "/health/ready", "/health/live", "/ping"):
             assert server.http.get(path).status_code == 200
-        with server.http.stream("POST", "/v1/completions", json={"prompt": [SLOW], "max_tokens": 40, "stream": True}) as reply:
+        slow = {"prompt": [SLOW], "max_tokens": 40, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=slow) as reply:
             lines = reply.iter_lines()
             next(lines)
             server.drain()
