@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lorikeet.config import AdapterRecipe
@@ -208,28 +210,29 @@ def _lines(path: Path, lines: Sequence[int]) -> str:
 
 def print_report(audits: Sequence[Audit], console: Console) -> None:
     """The report: one line an adapter, then every finding."""
-    table = Table(title="Training data", title_justify="left")
-    for column in ("adapter", "train", "validation", "test", "tokens", "learned", "tokens a row, p50 / p95 / longest"):
-        table.add_column(column, justify="left" if column == "adapter" else "right")
+    table = Table(title="Training data", title_justify="left", box=SIMPLE)
+    for column in ("adapter", "train", "val", "test", "tokens", "learned", "row p50", "p95", "max"):
+        table.add_column(column, justify="left" if column == "adapter" else "right", no_wrap=True)
     table.add_column("completions")
     for audit in audits:
-        lengths = " / ".join(str(audit.lengths.get(p, 0)) for p in (50, 95, 100))
-        share = f"{audit.learned_tokens:,} ({audit.learned_tokens / max(audit.tokens, 1):.0%})"
         counts = (f"{n:,}" for n in (audit.train, audit.validation, audit.test, audit.tokens))
-        table.add_row(audit.adapter, *counts, share, lengths, _completions(audit))
+        lengths = (str(audit.lengths.get(p, 0)) for p in (50, 95, 100))
+        learned = f"{audit.learned_tokens / max(audit.tokens, 1):.0%}"
+        table.add_row(audit.adapter, *counts, learned, *lengths, _completions(audit))
     console.print(table)
     for audit in audits:
         for message in audit.errors:
-            console.print(f"[red]error[/] {audit.adapter}: ", message, sep="", markup=True, highlight=False)
+            console.print(f"[red]error[/] {audit.adapter}: {escape(message)}", highlight=False)
         for message in audit.warnings:
-            console.print(f"[yellow]note[/] {audit.adapter}: ", message, sep="", markup=True, highlight=False)
+            console.print(f"[yellow]note[/] {audit.adapter}: {escape(message)}", highlight=False)
 
 
 def _completions(audit: Audit) -> str:
     if not audit.labels:
         return "free text"
     counts = list(audit.labels.values())
-    return f"{len(counts)} labels, {counts[-1]} to {counts[0]} rows each"
+    each = str(counts[0]) if counts[0] == counts[-1] else f"{counts[-1]} to {counts[0]}"
+    return f"{len(counts)} labels, {each} rows each"
 
 
 def require_clean(audits: Sequence[Audit]) -> None:

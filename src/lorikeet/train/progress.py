@@ -17,7 +17,7 @@ from lorikeet.train.adapter_run import AdapterRun, StepResult
 class MetricsFile:
     """The lines of formats.md, `tokens` being those that went through the forward pass since the run's begin.
 
-    On resume the lines of steps that will be taken again are removed.
+    On resume the lines of steps that will be taken again are removed; those of adapters that another run trains stay.
     """
 
     def __init__(self, path: Path, run: str, resumed: Sequence[AdapterRun] = ()) -> None:
@@ -28,7 +28,7 @@ class MetricsFile:
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     entry = json.loads(line)
-                    if entry["step"] <= steps.get(entry["adapter"], 0):
+                    if entry["step"] <= steps.get(entry["adapter"], entry["step"]):
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError):
                     continue  # the last line of a run that was killed while it wrote
