@@ -50,7 +50,12 @@ def random_base(
     angles = torch.arange(spec.max_context)[:, None] * 100.0 ** (-torch.arange(4) / 4)[None, :]
     wide = torch.promote_types(dtype, torch.float32)
     weights = DecoderWeights(  # the last norm gives logits a standard deviation of about 2
-        embed, layers, tensor(h, scale=0.1, shift=0.45), DenseWeight(embed), angles.cos().to(wide), angles.sin().to(wide)
+        embed,
+        layers,
+        tensor(h, scale=0.1, shift=0.45),
+        DenseWeight(embed),
+        angles.cos().to(wide),
+        angles.sin().to(wide),
     )
     return spec, weights
 

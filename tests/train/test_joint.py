@@ -111,9 +111,7 @@ def test_schedules() -> None:
     base = random_base(torch.float32)[0]
 
     def rates(**settings: Any) -> list[float]:
-        run = AdapterRun(
-            resolved(batch_rows=1, epochs=10, learning_rate=1.0, **settings), base, random_examples(1), []
-        )
+        run = AdapterRun(resolved(batch_rows=1, epochs=10, learning_rate=1.0, **settings), base, random_examples(1), [])
         return [run.learning_rate(step) for step in range(10)]
 
     assert rates(schedule="constant", warmup=0.0) == [1.0] * 10
