@@ -66,8 +66,8 @@ def test_filters_are_those_of_transformers(vocab: int, spread: float) -> None:
 
 
 def test_the_whole_row_is_sorted_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(50, 400, generator=torch.Generator().manual_seed(1))
-    r = rows(50, top_p=np.linspace(0.05, 1.0, 50), top_k=np.arange(50) * 8)
+    logits = torch.randn(50, 4000, generator=torch.Generator().manual_seed(1))
+    r = rows(50, top_p=np.linspace(0.05, 1.0, 50), top_k=np.arange(50) * 80)
     whole, _ = sample(logits, r)
     monkeypatch.setattr(sampler, "CANDIDATES", 16)
     assert torch.equal(sample(logits, r)[0], whole)
