@@ -1,0 +1,72 @@
+"""Sizes from the configuration and the machine, and what is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lorikeet.config import EngineConfig
+from lorikeet.engine import sizing
+from lorikeet.engine.engine import Engine
+from lorikeet.engine.sizing import choose_device, choose_dtype, choose_sizes
+from lorikeet.errors import ConfigError
+
+GIB = 2**30
+
+
+@pytest.fixture
+def one_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "available_memory", lambda: GIB)
+
+
+def test_the_cache_takes_what_all_sequences_need_or_its_share(world: Any, one_gib: None) -> None:
+    spec = world.spec  # 2 layers of 2 x 16 numbers a token
+    small = choose_sizes(EngineConfig(max_seqs=4), spec, torch.float32)
+    assert (small.blocks, small.max_context) == (4 * 256 // 16, 256)
+    assert small.kv_bytes == small.blocks * 16 * 2 * 2 * 16 * 4
+    large = choose_sizes(EngineConfig(max_seqs=10**6, step_tokens=10**6), spec, torch.float32)
+    assert GIB // 4 - large.kv_bytes in range(16 * 256)
+    assert small.slab_bytes == GIB // 4
+    half = choose_sizes(EngineConfig(max_seqs=4, adapter_dtype="bfloat16"), spec, torch.float32)
+    assert half.adapter_dtype == torch.bfloat16 and half.adapter_dtype_name == "bfloat16"
+
+
+def test_what_is_configured_is_taken(world: Any) -> None:
+    config = EngineConfig(kv_memory=16 * 256 * 5 + 100, adapter_memory=1000, max_context=200, max_seqs=2, block_size=16)
+    sizes = choose_sizes(config, world.spec, torch.float32)
+    assert (sizes.blocks, sizes.max_context, sizes.slab_bytes) == (5, 80, 960)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EngineConfig(kv_memory=4096), "kv_memory: 4096 bytes hold 1 blocks"),
+        (EngineConfig(max_context=257), "max_context: found 257; expected 2 to 256"),
+        (EngineConfig(max_context=1), "max_context: found 1"),
+        (EngineConfig(step_tokens=10, max_seqs=11), r"step_tokens: found 10; expected at least max_seqs \(11\)"),
+        (EngineConfig(block_size=0), "block_size: found 0"),
+        (EngineConfig(queue=0), "queue: found 0"),
+    ],
+)
+def test_impossible_counts(world: Any, config: EngineConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        choose_sizes(config, world.spec, torch.float32)
+    assert caught.value.param == message.split(":")[0]
+
+
+def test_devices_and_tiers_that_are_not_there() -> None:
+    assert choose_device(EngineConfig()) == "cpu"
+    with pytest.raises(ConfigError, match="device: found 'cuda'"):
+        Engine.build(EngineConfig(device="cuda"))
+    with pytest.raises(ConfigError, match="adapter_host_memory"):
+        Engine.build(EngineConfig(adapter_host_memory=GIB))
+
+
+def test_bf16_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, dtype in (({"avx2"}, torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"bf16"}, torch.bfloat16)):
+        monkeypatch.setattr(sizing, "_cpu_flags", lambda flags=flags: flags)
+        assert choose_dtype("auto") == dtype
+        assert choose_dtype("bfloat16") == torch.bfloat16
+    assert sizing.available_memory() > 0

@@ -1,0 +1,57 @@
+"""Adapters in the slab through loads, evictions and moves: what requests get stays what the dense model gives."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from lorikeet.engine.residency import AdapterMove
+from lorikeet.engine.slab import AdapterSlab
+from lorikeet.types import AdapterCopy
+
+
+def test_answers_survive_evictions_and_moves(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    infos = [world.adapter(50 + i, rank) for i, rank in enumerate((1, 2, 5, 1, 4, 3, 6))]
+    engine = world.engine(infos, slab_bytes=sum(info.nbytes for info in infos) * 6 // 10)
+    engine._residency._copy_bytes = engine._residency._move_bytes = 2048
+    done: list[Any] = []
+    carry_out = AdapterSlab.carry_out
+
+    def watched(slab: AdapterSlab, instructions: Any) -> Any:
+        done.extend(instructions)
+        return carry_out(slab, instructions)
+
+    monkeypatch.setattr(AdapterSlab, "carry_out", watched)
+    chance = random.Random(0)
+    expected = {info.digest: world.greedy([7, 8, 9], 3, info.digest) for info in infos}
+    for turn in range(12):
+        picked = chance.sample(infos, 3)
+        requests = [world.request(f"{turn}-{i}", [7, 8, 9], x.digest, max_tokens=3) for i, x in enumerate(picked)]
+        answers = world.run(engine, requests)
+        for request, info in zip(requests, picked, strict=True):
+            assert answers[request.request_id].tokens == expected[info.digest]
+    assert sum(isinstance(do, AdapterMove) for do in done) >= 3
+    parts = [do for do in done if isinstance(do, AdapterCopy)]
+    assert any(part.start > 0 for part in parts), "nothing was copied in parts"
+    assert len({tuple(tokens) for tokens in expected.values()}) > 4
+
+
+def test_the_table_grows_with_the_adapters(world: Any) -> None:
+    infos = [world.adapter(100 + i, 1) for i in range(40)]
+    engine = world.engine(infos, max_seqs=8)
+    answers = world.run(engine, [world.request(f"{i}", [3, 4], x.digest, max_tokens=2) for i, x in enumerate(infos)])
+    for i in (0, 15, 16, 17, 39):
+        assert answers[f"{i}"].tokens == world.greedy([3, 4], 2, infos[i].digest)
+    assert all(adapter.resident for adapter in engine.stats().adapters)
+
+
+def test_another_dtype_is_refused(world: Any) -> None:
+    import torch
+
+    info = world.adapter(1)
+    slab = AdapterSlab(2**16, len(world.spec.sites), torch.bfloat16, world._open)
+    copy = AdapterCopy(info.digest, info.path, 0, 0, info.nbytes, 0, info.nbytes)
+    failed = slab.carry_out([copy])
+    assert "bfloat16" in failed[info.digest].message and "float32" in failed[info.digest].message
