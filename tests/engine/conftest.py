@@ -21,7 +21,7 @@ from lorikeet.engine.slab import AdapterSlab
 from lorikeet.kernels.batch import Batch, Segments, Slab
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.kernels.weight import DenseWeight
-from lorikeet.model.decoder import DecoderWeights, LayerWeights, forward
+from lorikeet.model.decoder import DecoderWeights, LayerWeights, Ops, forward
 from lorikeet.model.spec import ModelSpec
 from lorikeet.model.weights import rope_tables
 from lorikeet.types import AdapterInfo, BaseIdentity, Event, Request, SamplingParams
@@ -80,6 +80,7 @@ class World:
         max_context: int = 128,
         logit_rows: int = 64,
         clock: Callable[[], float] | None = None,
+        ops: Ops | None = None,
         **config: object,
     ) -> Engine:
         settings = EngineConfig(**{"block_size": 4, "max_seqs": 8, "step_tokens": 64, **config})  # type: ignore[arg-type]
@@ -93,9 +94,8 @@ class World:
             logit_rows=logit_rows,
         )
         extra = {} if clock is None else {"clock": clock}
-        engine = Engine(
-            self.spec, self.base, self.weights, ReferenceOps(), sizes, settings, self._open, **extra
-        )  # fmt: skip
+        ops = ReferenceOps() if ops is None else ops
+        engine = Engine(self.spec, self.base, self.weights, ops, sizes, settings, self._open, **extra)
         for info in adapters:
             engine.register(info)
         return engine

@@ -9,6 +9,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from lorikeet import kernels
 from lorikeet.errors import InvalidRequestError, NotFoundError, OverloadedError, UnsupportedFieldError
 from lorikeet.types import Request, SamplingParams
 
@@ -84,6 +85,12 @@ def test_preempted_is_not_preempted(world: Any, prefix_cache: bool) -> None:
     same(world.run(tight, longer), world.run(roomy, longer))
     assert (roomy.stats().preemptions, tight.stats().blocks_free) == (0, 40)
     assert tight.stats().preemptions > 3
+
+
+def test_cpu_kernels_give_the_same(world: Any, alone: dict[str, Any]) -> None:
+    infos, requests = mixed_requests(world)
+    engine = world.engine(infos, max_seqs=5, step_tokens=24, blocks=60, ops=kernels.pick("cpu"))
+    same(world.run(engine, requests), alone)
 
 
 def test_chunked_is_whole(world: Any, alone: dict[str, Any]) -> None:
