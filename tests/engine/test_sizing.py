@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from lorikeet.config import EngineConfig
 from lorikeet.engine import sizing
@@ -34,9 +35,17 @@ def test_the_cache_takes_what_all_sequences_need_or_its_share(world: Any, one_gi
 
 
 def test_what_is_configured_is_taken(world: Any) -> None:
-    config = EngineConfig(kv_memory=16 * 256 * 5 + 100, adapter_memory=1000, max_context=200, max_seqs=2, block_size=16)
+    config = EngineConfig(kv_memory=16 * 256 * 5 + 100, adapter_memory=1000, max_context=70, max_seqs=2, block_size=16)
     sizes = choose_sizes(config, world.spec, torch.float32)
-    assert (sizes.blocks, sizes.max_context, sizes.slab_bytes) == (5, 80, 960)
+    assert (sizes.blocks, sizes.max_context, sizes.slab_bytes) == (5, 70, 960)
+
+
+def test_a_context_that_the_cache_cannot_hold(world: Any, caplog: pytest.LogCaptureFixture) -> None:
+    small = EngineConfig(kv_memory=16 * 256 * 5)
+    assert choose_sizes(small, world.spec, torch.float32).max_context == 80
+    assert "context of 256 tokens is cut" in caplog.text and "80" in caplog.text
+    with pytest.raises(ConfigError, match="max_context: found 200; .* holds 80"):
+        choose_sizes(replace(small, max_context=200), world.spec, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from msgspec.structs import replace
 
+from lorikeet import kernels
 from lorikeet.adapters.compiled import CompiledAdapter, open_compiled
 from lorikeet.config import EngineConfig
 from lorikeet.engine.blocks import BlockPool, root_key
@@ -23,6 +24,9 @@ from lorikeet.engine.scheduler import Scheduler
 from lorikeet.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.errors import InvalidRequestError, NotFoundError
+from lorikeet.kernels.weight import pack
+from lorikeet.model import sources
+from lorikeet.model import weights as model_weights
 from lorikeet.model.decoder import DecoderWeights, Ops
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, BaseIdentity, EngineStats, Event, Request, SamplingParams
@@ -80,11 +84,6 @@ class Engine:
     @classmethod
     def build(cls, config: EngineConfig) -> Self:
         """Load the model, pick the kernels, choose the sizes. Raises ModelError or ConfigError."""
-        from lorikeet import kernels
-        from lorikeet.kernels.weight import pack
-        from lorikeet.model import sources
-        from lorikeet.model import weights as model_weights
-
         device = choose_device(config)
         if config.threads is not None:
             torch.set_num_threads(config.threads)

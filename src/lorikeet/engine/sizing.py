@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from lorikeet.adapters.compiled import Dtype
 from lorikeet.config import EngineConfig
 from lorikeet.errors import ConfigError
 from lorikeet.model.spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 flags, and the ARM one
@@ -97,6 +100,13 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> S
             hint="raise --kv-memory or lower --max-context",
             param="kv_memory",
         )
+    if blocks * config.block_size < max_context:
+        held = f"the key-value cache of {kv_bytes} bytes holds {blocks * config.block_size}"
+        if config.max_context is not None:
+            raise ConfigError(
+                f"max_context: found {max_context}; {held}", hint="raise --kv-memory", param="max_context"
+            )
+        log.warning("the model's context of %d tokens is cut: %s; raise --kv-memory", max_context, held)
     slab_bytes = config.adapter_memory
     if slab_bytes is None:
         slab_bytes = min(int(available * _SHARE), _SLAB_BYTES)
