@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.train.small import packed_batch, random_base
 
-from lorikeet.kernels.batch import Slab
+from lorikeet.kernels.batch import Segments, Slab
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.model.decoder import forward
 from lorikeet.model.spec import ModelSpec
@@ -144,6 +144,27 @@ def test_forward_and_gradients_are_the_references() -> None:
     torch.testing.assert_close(gradients, slab.data.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_rows_without_logits_are_left_out_early() -> None:
+    """The last layer computes the rows of logits alone: the same logits and gradients, dropout on."""
+    spec, weights = random_base()
+    adapters = adapters_for(spec, compute_dtype=torch.float64)
+    rows = torch.tensor([3, 4, 7, 20, 26, 27, 49])
+    trained = TrainedAdapters(adapters, [Dropout(0.4, i, 7) for i in range(3)])
+    results = []
+    for early in (False, True):
+        batch = packed_batch(LENGTHS, ADAPTERS)
+        batch.logit_rows = rows
+        if early:
+            batch.logit_segments = Segments(torch.arange(7), [0, 2, 5, 7], [0, 1, 2], contiguous=True)
+        logits = forward(spec, weights, batch, TrainOps(batch, None, torch.arange(50)), trained)
+        logits.square().sum().backward()
+        results.append((logits.detach(), *(adapter.grad.clone() for adapter in adapters)))
+        for adapter in adapters:
+            adapter.grad.zero_()
+    for late, soon in zip(*results, strict=True):
+        torch.testing.assert_close(late, soon, rtol=1e-10, atol=1e-10)
+
+
 class _CloningReference(ReferenceOps):
     """`lowrank_add` on a copy, so that autograd can follow it."""
 
@@ -156,12 +177,13 @@ def test_dropout_gradients() -> None:
     spec, weights = random_base()
     batch = packed_batch(LENGTHS, ADAPTERS)
     adapters = adapters_for(spec, compute_dtype=torch.float64)
-    starts = [0, 6, 27, 50]
-    dropout = [Dropout(0.4, i, 7, torch.arange(a, b)) for i, (a, b) in enumerate(zip(starts, starts[1:], strict=False))]
+    dropout = [Dropout(0.4, i, 7) for i in range(3)]
     targets = torch.zeros(50, dtype=torch.int64)
 
     def loss() -> torch.Tensor:
-        return forward(spec, weights, batch, TrainOps(batch, targets), TrainedAdapters(adapters, dropout)).mean()
+        return forward(
+            spec, weights, batch, TrainOps(batch, targets, torch.arange(50)), TrainedAdapters(adapters, dropout)
+        ).mean()
 
     loss().backward()
     for adapter in adapters:
@@ -178,14 +200,14 @@ def test_dropout_gradients() -> None:
 
 def test_dropout_mask() -> None:
     tokens = torch.arange(4000)
-    mask = Dropout(0.25, 3, 11, tokens).mask(5, 64, torch.float64)
+    mask = Dropout(0.25, 3, 11).mask(5, tokens, 64, torch.float64)
     assert mask.unique().tolist() == [0.0, 1 / 0.75]
     kept = (mask > 0).double()
     assert kept.mean().item() == pytest.approx(0.75, abs=0.005)
     assert kept.mean(0).std().item() < 0.02 and kept.mean(1).std().item() < 0.08
-    assert torch.equal(mask[100:200], Dropout(0.25, 3, 11, tokens[100:200]).mask(5, 64, torch.float64))
-    for other in (Dropout(0.25, 4, 11, tokens).mask(5, 64, torch.float64),
-                  Dropout(0.25, 3, 12, tokens).mask(5, 64, torch.float64),
-                  Dropout(0.25, 3, 11, tokens).mask(6, 64, torch.float64)):  # fmt: skip
+    assert torch.equal(mask[100:200], Dropout(0.25, 3, 11).mask(5, tokens[100:200], 64, torch.float64))
+    for other in (Dropout(0.25, 4, 11).mask(5, tokens, 64, torch.float64),
+                  Dropout(0.25, 3, 12).mask(5, tokens, 64, torch.float64),
+                  Dropout(0.25, 3, 11).mask(6, tokens, 64, torch.float64)):  # fmt: skip
         agree = (kept == (other > 0)).double().mean().item()
         assert agree == pytest.approx(0.75**2 + 0.25**2, abs=0.01)

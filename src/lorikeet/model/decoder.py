@@ -74,7 +74,9 @@ def forward(
     Without a cache the attention stays inside each packed row (training); with one, new keys and values are
     written to `batch.cache_slot` and the sequences are read through `batch.block_table`.
     """
-    segments = batch.token_segments
+    segments, wanted = batch.token_segments, batch.logit_rows
+    if segments is not None and batch.logit_segments is None:
+        wanted = None  # which adapter the rows of logits belong to is not known, so they are taken at the end
 
     def project(weight: Weight, x: Tensor, group: SiteGroup) -> Tensor:
         y = ops.linear(weight, x)
@@ -93,10 +95,13 @@ def forward(
             k = ops.rms_norm(k, layer.k_norm, spec.norm_eps)
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         attended = ops.attention(q, k, v, batch, None if cache is None else cache[i], spec.window(i))
+        if i == spec.num_layers - 1 and wanted is not None:
+            # Keys and values were the last that the other rows were for.
+            attended, residual, segments = attended[wanted], residual[wanted], batch.logit_segments
         x = project(layer.o, attended, group["o"])
         h, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, spec.norm_eps)
         x = project(layer.down, ops.silu_mul(project(layer.gate_up, h, group["gate_up"])), group["down"])
-    if batch.logit_rows is not None:
+    if batch.logit_rows is not None and wanted is None:
         x, residual = x[batch.logit_rows], residual[batch.logit_rows] if residual is not None else None
     h, _ = ops.add_rms_norm(x, residual, weights.norm, spec.norm_eps)
     return ops.logits(weights.head, h)

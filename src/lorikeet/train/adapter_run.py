@@ -102,9 +102,11 @@ class AdapterRun:
         rows = self._order[1][i * size : (i + 1) * size]
         return Share(handle, rows, [self.train[row] for row in rows])
 
-    def dropout(self, row_tokens: Tensor) -> Dropout | None:
+    @property
+    def dropout(self) -> Dropout | None:
+        """Of the coming optimizer step."""
         rate = self.settings.dropout
-        return Dropout(rate, self.settings.seed, self.progress.step, row_tokens) if rate else None
+        return Dropout(rate, self.settings.seed, self.progress.step) if rate else None
 
     def update(self, loss: float, tokens: int) -> StepResult:
         """Clip, AdamW and schedule, from the gradient of the token mean; clears the gradient.

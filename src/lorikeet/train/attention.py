@@ -181,11 +181,8 @@ def _probabilities(q: Tensor, k: Tensor, shape: _Shape, window: int | None) -> T
     """Softmax of the scaled, masked scores: [count * kv_heads, group * length, length] in the dtype of q."""
     length = shape.bucket.length
     wide = torch.promote_types(q.dtype, torch.float32)
-    if q.dtype == torch.bfloat16:
-        with bf16_products():
-            scores = torch.bmm(q.float(), k.float().transpose(1, 2))
-    else:
-        scores = torch.bmm(q, k.transpose(1, 2))
+    with bf16_products(q.dtype == torch.bfloat16):
+        scores = torch.bmm(q.to(wide), k.to(wide).transpose(1, 2))
     bias = torch.zeros(length, length, dtype=wide).masked_fill_(~_mask(length, window), -math.inf)
     per_head = scores.view(-1, length, length)
     per_head = torch.add(bias, per_head, alpha=1 / math.sqrt(shape.head_dim))

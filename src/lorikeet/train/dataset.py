@@ -160,7 +160,7 @@ class Renderer:
             head = self.tokenizer.encode(prompt, add_special_tokens=False)
             tail, ends = self._until_end(self.tokenizer.encode(completion, add_special_tokens=False))
             tokens = [*head, *tail]
-            learned = ((len(head), len(tokens)),)
+            learned: tuple[tuple[int, int], ...] = ((len(head), len(tokens)),)
             if current is not None and tokens[: len(current.tokens)] == current.tokens:
                 joined = f"{current.completion}\n{message['content']}"
                 learned = current.learned + learned

@@ -46,7 +46,7 @@ class JointTrainer:
             losses = self._losses(runs, packed, dropout=True)
             parts = [losses[span].sum() for span in packed.spans]
             total = torch.stack([p / learned[s.handle] for p, s in zip(parts, packed.shares, strict=True)]).sum()
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             for part, share in zip(parts, packed.shares, strict=True):
                 sums[share.handle] += part.item()
         results = {
@@ -78,15 +78,9 @@ class JointTrainer:
             return self._losses([run], pack([Share(0, list(range(len(examples))), examples)]), dropout=False)
 
     def _losses(self, runs: Sequence[AdapterRun], packed: Pass, dropout: bool) -> torch.Tensor:
-        masks = [
-            runs[share.handle].dropout(tokens) if dropout else None
-            for share, tokens in zip(packed.shares, packed.row_tokens, strict=True)
-        ]
-        by_handle = {share.handle: mask for share, mask in zip(packed.shares, masks, strict=True)}
-        adapters = TrainedAdapters(
-            [run.parameters for run in runs], [by_handle.get(handle) for handle in range(len(runs))]
-        )
-        return forward(self.spec, self.weights, packed.batch, TrainOps(packed.batch, packed.targets), adapters)
+        adapters = TrainedAdapters([run.parameters for run in runs], [run.dropout if dropout else None for run in runs])
+        ops = TrainOps(packed.batch, packed.targets, packed.places)
+        return forward(self.spec, self.weights, packed.batch, ops, adapters)
 
     def _account(self, runs: Sequence[AdapterRun], tokens: Sequence[int], seconds: float) -> None:
         for run, count in zip(runs, tokens, strict=True):

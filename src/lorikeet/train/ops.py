@@ -6,8 +6,9 @@ function that saves its inputs, not its intermediates. Nothing here mixes tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lorikeet.kernels.weight import Weight
 from lorikeet.train.attention import RowBuckets, packed_attention
 from lorikeet.train.losses import completion_loss
 from lorikeet.train.parameters import AdapterParameters, GroupPair
+from lorikeet.train.rows import row_kernels
 from lorikeet.types import SiteGroup
 
 
@@ -26,19 +28,17 @@ from lorikeet.types import SiteGroup
 class Dropout:
     """Dropout of one adapter's LoRA inputs as a pure function of (seed, step, site, row, token).
 
-    `tokens` [n] int64 holds, for each token of the adapter's segment, row * 2^20 + position: the mask of a token
-    does not depend on what it is packed with. Sites that read the same input share the mask.
+    The mask of a token does not depend on what it is packed with. Sites that read the same input share the mask.
     """
 
     rate: float
     seed: int
     step: int
-    tokens: Tensor
 
-    def mask(self, site: int, width: int, dtype: torch.dtype) -> Tensor:
-        """[n, width]: 0 with probability `rate`, else 1 / (1 - rate)."""
+    def mask(self, site: int, places: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """[n, width]: 0 with probability `rate`, else 1 / (1 - rate); `places` [n] is row * 2^20 + position."""
         key = _mix(_mix(_mix(self.seed) ^ self.step) ^ site)
-        rows = _mix_tensor((self.tokens ^ key) & _LOW)
+        rows = _mix_tensor((places ^ key) & _LOW)
         columns = _mix_tensor(torch.arange(width) + (key >> 32))
         bits = _mix_tensor((rows[:, None] ^ columns[None, :]) & _LOW)
         return (bits >= int(self.rate * 2**32)).to(dtype).mul_(1 / (1 - self.rate))
@@ -74,14 +74,14 @@ class TrainOps:
     """Kernels of one training or validation pass over `batch`.
 
     With `targets` [L] (one per logit row) `logits` gives each row's negative log likelihood [L] instead of logits,
-    so that logits of all rows never exist at once.
+    so that logits of all rows never exist at once. `places` [T] (row * 2^20 + position) is what dropout needs.
     """
 
     inplace = False
 
-    def __init__(self, batch: Batch, targets: Tensor | None = None) -> None:
+    def __init__(self, batch: Batch, targets: Tensor | None = None, places: Tensor | None = None) -> None:
+        self.batch, self.targets, self.places = batch, targets, places
         self.buckets = RowBuckets.of(batch)
-        self.targets = targets
 
     def linear(self, weight: Weight, x: Tensor) -> Tensor:
         out: Tensor = _FrozenLinear.apply(x, weight)  # type: ignore[no-untyped-call]
@@ -97,22 +97,34 @@ class TrainOps:
         assert segments.contiguous
         parts = []
         for i, handle in enumerate(segments.adapter):
-            parameters = adapters.parameters[handle]
+            parameters, dropout = adapters.parameters[handle], adapters.dropout[handle]
             pair = parameters.group(group)
             if pair is not None:
                 rows = slice(segments.start[i], segments.start[i + 1])
-                parts.append(_Part(rows, pair, parameters.scale, adapters.dropout[handle], group.sites[0].index))
+                mask = None
+                if dropout is not None:
+                    places = self._places(segments)[rows]
+                    mask = partial(dropout.mask, group.sites[0].index, places, group.d_in, x.dtype)
+                parts.append(_Part(rows, pair, parameters.scale, mask))
         if not parts:
             return y
         anchor = adapters.parameters[segments.adapter[0]].anchor
         out: Tensor = _LowRankAdd.apply(y, x, anchor, parts)  # type: ignore[no-untyped-call]
         return out
 
+    def _places(self, segments: Segments) -> Tensor:
+        assert self.places is not None, "dropout needs to know the rows"
+        if segments is self.batch.token_segments:
+            return self.places
+        assert segments is self.batch.logit_segments and self.batch.logit_rows is not None
+        return self.places[self.batch.logit_rows]
+
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self.add_rms_norm(x, None, weight, eps)[0]
+        rows = x.reshape(-1, x.shape[-1])
+        return self.add_rms_norm(rows, None, weight, eps)[0].view(x.shape)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         normed, total = _AddRmsNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
@@ -151,15 +163,14 @@ class _Part:
     rows: slice
     pair: GroupPair
     scale: float
-    dropout: Dropout | None
-    site: int
+    make_mask: Callable[[], Tensor] | None  # made again in backward rather than kept
 
     def input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rows of x that A reads, and the dropout mask on them."""
         rows = x[self.rows]
-        if self.dropout is None:
+        if self.make_mask is None:
             return rows, None
-        mask = self.dropout.mask(self.site, rows.shape[1], rows.dtype)
+        mask = self.make_mask()
         return rows * mask, mask
 
 
@@ -207,25 +218,19 @@ class _LowRankAdd(torch.autograd.Function):
 
 
 class _AddRmsNorm(torch.autograd.Function):
-    """(rms_norm(x + residual), x + residual); saves the sum and one scalar a row."""
+    """(rms_norm(x + residual), x + residual); saves the sum only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        total = x if residual is None else x + residual
-        wide = total.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(total, inverse, weight)
-        ctx.has_residual = residual is not None
-        return (wide * inverse).mul_(weight).to(x.dtype), total
+        normed, total = row_kernels(x).add_rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.has_residual = eps, residual is not None
+        return normed, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        total, inverse, weight = ctx.saved_tensors
-        normed = total.to(inverse.dtype) * inverse
-        g = grads[0].to(inverse.dtype) * weight
-        g -= normed * (g * normed).mean(-1, keepdim=True)
-        g *= inverse
-        dx = g.add_(grads[1]).to(total.dtype)
+        total, weight = ctx.saved_tensors
+        dx = row_kernels(total).add_rms_norm_backward(grads[0], grads[1], total, weight, ctx.eps)
         return dx, dx if ctx.has_residual else None, None, None
 
 
@@ -235,37 +240,21 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return row_kernels(x).rope(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    half = first.shape[-1]
-    out[..., :half] = (first * c).sub_(second * s)
-    out[..., half:] = (second * c).add_(first * s)
-    return out
+        return row_kernels(grads[0]).rope(grads[0].contiguous(), cos, -sin), None, None
 
 
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return row_kernels(gate_up).silu_mul(gate_up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        width = gate.shape[-1]
-        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=out[:, :width])
-        torch.mul(F.silu(gate), grads[0], out=out[:, width:])
-        return out
+        return row_kernels(gate_up).silu_mul_backward(grads[0], gate_up)

@@ -28,13 +28,13 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One forward pass: of `shares[i]`, `spans[i]` are the logit rows and `row_tokens[i]` row * 2^20 + position."""
+    """One forward pass. `spans[i]` are the logit rows of `shares[i]`; `places` [T] is row * 2^20 + position."""
 
     shares: list[Share]
     batch: Batch
     targets: Tensor
     spans: list[slice]
-    row_tokens: list[Tensor]
+    places: Tensor
 
 
 def split(shares: Sequence[Share], step_tokens: int) -> list[list[Share]]:
@@ -71,7 +71,7 @@ def pack(shares: Sequence[Share]) -> Pass:
     rows = np.repeat(np.array([row for share in shares for row in share.rows]), lengths)
     token_ends = np.cumsum([0, *(share.tokens for share in shares)])
     learned_ends = np.cumsum([0, *(sum(e.learned_tokens for e in share.examples) for share in shares)])
-    row_tokens = torch.from_numpy(rows * 2**20 + positions)
+    handles = [share.handle for share in shares]
     batch = Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
@@ -79,15 +79,14 @@ def pack(shares: Sequence[Share]) -> Pass:
         kv_len=torch.from_numpy(lengths.astype(np.int32)),
         max_query=int(lengths.max()),
         max_kv=int(lengths.max()),
-        token_segments=Segments(
-            torch.arange(len(tokens)), token_ends.tolist(), [share.handle for share in shares], contiguous=True
-        ),
+        token_segments=Segments(torch.arange(len(tokens)), token_ends.tolist(), handles, contiguous=True),
         logit_rows=torch.from_numpy(logit_rows),
+        logit_segments=Segments(torch.arange(len(logit_rows)), learned_ends.tolist(), handles, contiguous=True),
     )
     return Pass(
         list(shares),
         batch,
         torch.from_numpy(targets),
         [slice(a, b) for a, b in zip(learned_ends, learned_ends[1:], strict=False)],
-        [row_tokens[a:b] for a, b in zip(token_ends, token_ends[1:], strict=False)],
+        torch.from_numpy(rows * 2**20 + positions),
     )

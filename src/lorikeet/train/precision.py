@@ -20,15 +20,16 @@ def choose_dtype(name: str) -> torch.dtype:
 
 
 @contextmanager
-def bf16_products() -> Iterator[None]:
-    """Inside, fp32 matrix products may multiply in bf16 while they sum and store fp32.
+def bf16_products(allowed: bool = True) -> Iterator[None]:
+    """Inside, where `allowed`, fp32 matrix products may multiply in bf16 while they sum and store fp32.
 
     Exact where every factor came from bf16, and several times as fast as an fp32 product where the processor
     multiplies bf16 natively. A setting of oneDNN and of the whole process: keep the block to the product itself.
     """
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    if allowed:
+        setting.fp32_precision = "bf16"
     try:
         yield
     finally:
