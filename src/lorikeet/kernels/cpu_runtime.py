@@ -72,6 +72,17 @@ if not PARALLEL:
     )
 
 
+def launch_threads() -> None:
+    """Start Numba's threads now: doing so sets the number of threads of the OpenMP runtime, and with it torch's."""
+    before = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(before)
+
+
+if PARALLEL:
+    launch_threads()
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: one folder per state of the sources.
 
