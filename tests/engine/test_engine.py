@@ -204,9 +204,12 @@ def test_choices_are_obeyed(world: Any) -> None:
     assert len(seen) > 2
 
 
-def test_choices_follow_the_dense_model(world: Any) -> None:
-    choices = [tuple(world.prompt(100 + i, 4)) for i in range(6)]
-    prompt = world.prompt(9, 9)
+@pytest.mark.parametrize("seed", range(5))
+def test_choices_follow_the_dense_model(world: Any, seed: int) -> None:
+    """Long common beginnings: what is forced there must reach the model before the next decision."""
+    starts = [world.prompt(100 + seed, 4), [60, *world.prompt(200 + seed, 3)]]
+    choices = [(*start, last, last + 1) for start in starts for last in range(10, 58, 3)]
+    prompt = world.prompt(seed, 9)
     answers = world.run(world.engine(), [world.request("a", prompt, choices=tuple(choices))])
     tokens: list[int] = []
     while tuple(tokens) not in choices:
