@@ -75,7 +75,10 @@ def losses(output: Path) -> dict[tuple[str, int, str], float]:
 def trained(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one uninterrupted run."""
     folder = tmp_path_factory.mktemp("trained")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in every test; this fixture outlives them
     train(make_recipe(folder, checkpoint("llama")))
+    torch.set_num_threads(threads)
     return folder / "out"
 
 

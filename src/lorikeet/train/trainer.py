@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import torch
 from rich.console import Console
 
 from lorikeet import __version__
@@ -26,7 +27,7 @@ from lorikeet.model.tokenizer import Tokenizer
 from lorikeet.model.weights import load, load_spec
 from lorikeet.train import checkpoint
 from lorikeet.train.adapter_run import AdapterRun
-from lorikeet.train.audit import AdapterData, Audit, prepare, print_report, require_clean
+from lorikeet.train.audit import AdapterData, prepare, print_report, require_clean
 from lorikeet.train.dataset import digest
 from lorikeet.train.joint import JointTrainer
 from lorikeet.train.precision import choose_dtype
@@ -99,14 +100,14 @@ def run_train(
     adapters = resolve_adapters(recipe)
     folder = find_model(recipe.base)
     tokenizer, context = Tokenizer(folder), load_spec(folder).max_context
-    data, audits = _read_data(adapters, tokenizer, context, root, console)
+    data = _read_data(adapters, tokenizer, context, root, console)
     if dry_run:
         return None
     base = identify(folder, recipe.base)
     keep_freed_memory()
     dtype = choose_dtype(recipe.dtype)
     spec, weights = load(folder, dtype)
-    jobs = [_make_job(a, d, spec, base, str(dtype)) for a, d in zip(adapters, data, strict=True)]
+    jobs = [_make_job(a, d, spec, base, dtype) for a, d in zip(adapters, data, strict=True)]
     output.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         path = checkpoint.path_of(output, job.run.name)
@@ -127,18 +128,21 @@ def run_train(
 
 def _read_data(
     adapters: Sequence[AdapterRecipe], tokenizer: Tokenizer, context: int, root: Path, console: Console
-) -> tuple[list[AdapterData], list[Audit]]:
+) -> list[AdapterData]:
+    """Every adapter's data. Prints the audit; raises DataError where it found errors."""
     prepared = [prepare(adapter, tokenizer, context, root) for adapter in adapters]
     audits = [audit for _, audit in prepared]
     print_report(audits, console)
     require_clean(audits)
-    return [data for data, _ in prepared], audits
+    return [data for data, _ in prepared]
 
 
-def _make_job(recipe: AdapterRecipe, data: AdapterData, spec: ModelSpec, base: BaseIdentity, dtype: str) -> _Job:
-    run = AdapterRun(recipe, spec, data.train, data.validation, compute_dtype=choose_dtype(dtype.split(".")[-1]))
+def _make_job(
+    recipe: AdapterRecipe, data: AdapterData, spec: ModelSpec, base: BaseIdentity, dtype: torch.dtype
+) -> _Job:
+    run = AdapterRun(recipe, spec, data.train, data.validation, compute_dtype=dtype)
     data_sha256 = digest(data.train, data.validation)
-    return _Job(recipe, data, run, checkpoint.fingerprint(recipe, base.sha256, data_sha256, dtype), data_sha256)
+    return _Job(recipe, data, run, checkpoint.fingerprint(recipe, base.sha256, data_sha256, str(dtype)), data_sha256)
 
 
 def _train(
