@@ -26,7 +26,8 @@ def put(folder: Path, text: str = "{}") -> Path:
 
 
 @pytest.fixture
-def clock() -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr("lorikeet.server.catalogue.RESCAN_SECONDS", 1.0)  # servers of other tests shorten it
     return Clock()
 
 
