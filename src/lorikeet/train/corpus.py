@@ -19,7 +19,7 @@ from torch import Tensor
 from lorikeet.errors import DataError
 from lorikeet.train.tokenizer import END_OF_TEXT
 
-Documents = Callable[[int], Iterator[str]]  # seed -> documents without end
+Documents = Callable[..., Iterator[str]]  # (seed, families=weights) -> documents without end
 
 RECORD_SEPARATOR = "\x1e"
 PIECE = 4096  # characters; long records are cut at paragraphs so that a part of each source can be held out

@@ -110,12 +110,15 @@ class _Sources:
     def _records(self, source: TextSource | SyntheticSource) -> Iterator[str]:
         if isinstance(source, TextSource):
             return read_records(self.folder / source.path)
-        return within(self.documents(source.seed), source.characters)
+        return within(self._generator(source)(source.seed), source.characters)
 
     def _content(self, source: TextSource | SyntheticSource) -> str:
         if isinstance(source, TextSource):
             return file_digest(self.folder / source.path)
-        return documents_digest(self.documents, source.seed, source.characters)
+        return documents_digest(self._generator(source), source.seed, source.characters)
+
+    def _generator(self, source: SyntheticSource) -> Documents:
+        return self.documents if source.families is None else partial(self.documents, families=source.families)
 
     def tokenizer(self, state: Path) -> Tokenizer:
         """The run's tokenizer: trained at its first start, fixed from then on."""

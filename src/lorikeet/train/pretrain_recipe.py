@@ -61,12 +61,13 @@ class TextSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class SyntheticSource(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="synthetic"
 ):
-    """So many characters of the text that the project writes itself, from `seed`."""
+    """So many characters of the text that the project writes itself, from `seed`; `families` weighs its kinds."""
 
     name: str
     share: Share
     characters: Positive
     seed: int = 0
+    families: dict[str, Share] | None = None
     about: str = ""
 
 
