@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.fixtures import make_slab
 
-from lorikeet.adapters.compiled import ALIGNMENT, bfloat16_bits, compile_adapter, compiled_name, open_compiled
+from lorikeet.adapters.compiled import ALIGNMENT, bfloat16_bits, compile_adapter, compiled_name, open_compiled, trim
 from lorikeet.adapters.files import CONFIG, WEIGHTS, AdapterFile, Lock, LockedBase, write_lock
 from lorikeet.adapters.normal import compile_lora
 from lorikeet.errors import AdapterError, LockMismatchError
@@ -131,3 +132,20 @@ def test_an_adapter_for_another_base_says_what_was_expected(
     spec = load_spec(checkpoint("qwen3"))
     with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight: expected \[128, 2\], found \[64, 2\]"):
         compile_adapter(folder, spec, BASE, "float32", cache)
+
+
+def test_the_disk_budget_deletes_what_was_used_least_recently(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], cache: Path
+) -> None:
+    spec, folders = load_spec(checkpoint("llama")), adapters("llama", 4)
+    paths = []
+    for age, folder in enumerate(folders):
+        path = Path(compile_adapter(folder, spec, BASE, "float32", cache).path)
+        os.utime(path, (age, age))
+        paths.append(path)
+    assert Path(compile_adapter(folders[0], spec, BASE, "float32", cache).path) == paths[0]  # used again, now
+    sizes = [path.stat().st_size for path in paths]
+    trim(cache, sizes[0] + sizes[2] + sizes[3], keep=paths[2])
+    assert [path.exists() for path in paths] == [True, False, True, True]
+    trim(cache, 0, keep=paths[2])
+    assert [path.exists() for path in paths] == [False, False, True, False]

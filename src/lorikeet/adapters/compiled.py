@@ -26,6 +26,7 @@ from lorikeet.types import AdapterInfo, BaseIdentity
 
 Dtype = Literal["float32", "bfloat16"]
 MAGIC = b"LORIKEET"
+SUFFIX = ".lorikeet"
 ALIGNMENT = 64
 VERSION = 1  # part of the file's name: raise it when the layout or the meaning of an entry changes
 _STORAGE: dict[Dtype, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
@@ -94,7 +95,9 @@ def compile_adapter(
         path = cache / compiled_name(digest, base, dtype)
         if path.exists():
             try:
-                return open_compiled(path).header.info(path)
+                info = open_compiled(path).header.info(path)
+                os.utime(path)  # its last use, which is what `trim` goes by
+                return info
             except AdapterError:
                 path.unlink(missing_ok=True)  # a damaged cache file is made again
         header, data = lay_out(compile_lora(file.config, tensors, spec), digest, base, dtype)
@@ -102,10 +105,22 @@ def compile_adapter(
     return header.info(path)
 
 
+def trim(cache: Path, budget: int, keep: Path) -> None:
+    """Delete the compiled files used least recently until those left take at most `budget` bytes; never `keep`."""
+    files = [(entry.stat(), Path(entry.path)) for entry in os.scandir(cache) if entry.name.endswith(SUFFIX)]
+    total = sum(stat.st_size for stat, _ in files)
+    for stat, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
+        if total <= budget:
+            return
+        if path != keep:
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
+
+
 def compiled_name(digest: str, base: BaseIdentity, dtype: Dtype) -> str:
     """File name of a compiled adapter: what it is, and for which base, dtype and compiler."""
     made_for = hashlib.sha256(f"{base.sha256} {dtype} {VERSION}".encode()).hexdigest()
-    return f"{digest}-{made_for[:16]}.lorikeet"
+    return f"{digest}-{made_for[:16]}{SUFFIX}"
 
 
 def lay_out(

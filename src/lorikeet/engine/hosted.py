@@ -33,6 +33,7 @@ class HostedEngine(Engine):
             dtype="float32" if _name(self.sizes.adapter_dtype) == "float32" else "bfloat16",
             cache=str(cache_folder() / "compiled"),
             allow_lock_mismatch=self.config.allow_lock_mismatch,
+            disk=self.config.adapter_disk,
         )
 
 

@@ -227,8 +227,8 @@ class EngineClient:
         return answer
 
     def holds(self, adapter: AdapterInfo) -> bool:
-        """The adapter is known to the engine that runs now."""
-        return adapter.digest in self._held
+        """The adapter is known to the engine that runs now, and its compiled file is there to be read again."""
+        return adapter.digest in self._held and Path(adapter.path).exists()
 
     def _new_job(self) -> tuple[int, asyncio.Future[Any]]:
         self._next_job += 1

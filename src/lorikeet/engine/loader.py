@@ -16,7 +16,7 @@ from typing import IO
 
 import zmq
 
-from lorikeet.adapters.compiled import compile_adapter
+from lorikeet.adapters.compiled import compile_adapter, trim
 from lorikeet.engine.lifeline import child_command, die_with_parent
 from lorikeet.engine.wire import (
     Compile,
@@ -165,6 +165,8 @@ def compile_one(job: Compile, settings: LoaderSettings) -> Resolved:
             Path(settings.cache),
             settings.allow_lock_mismatch,
         )
+        if settings.disk is not None:
+            trim(Path(settings.cache), settings.disk, keep=Path(adapter.path))
     except LorikeetError as error:
         return Resolved(job.job, error=error.info())
     except Exception as error:

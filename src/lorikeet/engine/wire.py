@@ -110,13 +110,14 @@ FromEngine = Ready | Failed | Events | Resolved | Stats
 
 
 class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The arguments of `compile_adapter` that are the same for every adapter."""
+    """What is the same for every adapter that is compiled."""
 
     spec: ModelSpec
     base: BaseIdentity
     dtype: Literal["float32", "bfloat16"]
     cache: str
     allow_lock_mismatch: bool
+    disk: int | None = None  # bytes that the compiled files may take together
 
 
 class StartLoader(Message, frozen=True):
