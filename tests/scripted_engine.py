@@ -43,9 +43,7 @@ class ScriptedEngine:
         return cls(config)
 
     def info(self) -> EngineInfo:
-        return EngineInfo(
-            family="llama", dtype="float32", device="cpu", max_context=256, vocab_size=256, base=BASE
-        )
+        return EngineInfo(family="llama", dtype="float32", device="cpu", max_context=256, vocab_size=256, base=BASE)
 
     def loader_settings(self) -> LoaderSettings:
         spec = ModelSpec(

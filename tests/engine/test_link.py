@@ -102,11 +102,13 @@ def test_a_request_that_cannot_be_taken_ends_with_its_error() -> None:
 def test_closing_a_stream_cancels_its_request() -> None:
     async def test() -> None:
         async with running() as client:
-            stream = await client.submit(request("a", SLOW, max_tokens=200))
+            endless = SamplingParams(max_tokens=10**6, ignore_eos=True)
+            stream = await client.submit(Request(request_id="a", tokens=[SLOW], sampling=endless))
             await anext(stream)
             stream.close()
-            while client.in_flight:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(10):
+                while client.in_flight:
+                    await asyncio.sleep(0.01)
             assert (await client.stats()).running == 0
 
     run(test)

@@ -71,9 +71,7 @@ def hosted(
     listener = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     engine = EngineConfig(model=str(model), **{**SMALL, **engine_settings})
-    config = ServeConfig(
-        engine=engine, adapters=None if adapters is None else str(adapters), **(serve_settings or {})
-    )
+    config = ServeConfig(engine=engine, adapters=None if adapters is None else str(adapters), **(serve_settings or {}))
     ready = threading.Event()
     found: dict[str, Any] = {}
 

@@ -79,9 +79,9 @@ def test_lm_eval_wire_facts(live: Hosted) -> None:
     rows = [live.post("/tokenize", body).json()["tokens"] for body in bodies]
     assert live.post("/detokenize", {"tokens": rows[0]}).json() == {"prompt": "the fox"}
     greedy = live.complete(prompt=rows[0], max_tokens=4, temperature=0, logprobs=1)["choices"][0]
-    answer = live.complete(
-        model="llama", prompt=rows, max_tokens=1, logprobs=1, echo=True, temperature=0, seed=1234
-    )["choices"]
+    answer = live.complete(model="llama", prompt=rows, max_tokens=1, logprobs=1, echo=True, temperature=0, seed=1234)[
+        "choices"
+    ]
     for row, choice in zip(rows, sorted(answer, key=lambda c: c["index"]), strict=True):
         assert len(choice["logprobs"]["token_logprobs"]) == len(row) + 1 == len(choice["logprobs"]["top_logprobs"])
         assert all(isinstance(top, dict) for top in choice["logprobs"]["top_logprobs"][1:])

@@ -99,7 +99,7 @@ async def serve(
     serving = asyncio.create_task(server.serve([listener]))
     try:
         if await _start_engine(state, stop):
-            await show_start(state)
+            await show_start(state, listener.getsockname()[1])
             if on_ready is not None:
                 on_ready(state)
             await _first(stop.wait(), asyncio.shield(serving))
@@ -149,7 +149,7 @@ def _handle_signals(stop: asyncio.Event, at_once: asyncio.Event) -> None:
 # --- what is printed at the start ---------------------------------------------------------------------------------
 
 
-async def show_start(state: ServerState) -> None:
+async def show_start(state: ServerState, port: int) -> None:
     """A table of what is served, and a line to try it with."""
     adapters, refusals = await state.models.listing()
     console = Console(stderr=True)
@@ -157,7 +157,7 @@ async def show_start(state: ServerState) -> None:
     if adapters or refusals:
         console.print(_adapter_table(adapters, refusals))
     host = "127.0.0.1" if state.config.host in ("0.0.0.0", "::") else state.config.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{state.config.port}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     model = adapters[0].name if adapters else state.models.base.name
     key = " -H 'authorization: Bearer ...'" if state.config.api_key else ""
     console.print(f"ready at {url}", highlight=False)
