@@ -75,6 +75,7 @@ NO_TORCH = [
     "lorikeet.engine.residency",
     "lorikeet.engine.scheduler",
     "lorikeet.engine.grammar",
+    "lorikeet.engine.fairness",
     "lorikeet.engine.link",
     "lorikeet.server.app",
     "lorikeet.server.serve",
