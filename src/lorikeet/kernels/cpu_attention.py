@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache
 from lorikeet.kernels.cpu_runtime import (
+    SERIAL,
     at,
     device_function,
     exp2,
@@ -28,6 +29,7 @@ from lorikeet.kernels.cpu_runtime import (
     share_threads,
     size,
     tag_of,
+    use_threads,
 )
 from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, dot, dot_1x4, dot_4x4
 
@@ -236,6 +238,9 @@ def store_rows(begin, end, slots, rows, ld, cache, block, slot_stride, block_siz
 @kernel
 def store_kernel(k, ldk, v, ldv, slots, rows, source, head_strides, heads, d, parts, act):
     k_cache, k_block, k_slot, v_cache, v_block, v_slot, block_size = source
+    if rows * heads * d < SERIAL:
+        parts = 1
+    use_threads(parts)
     for part in numba.prange(parts):
         begin, end = rows * part // parts, rows * (part + 1) // parts
         store_rows(begin, end, slots, k, ldk, k_cache, k_block, k_slot, block_size, heads, head_strides[0], d, act)
@@ -247,6 +252,9 @@ def attention_kernel(q, ldq, out, ldo, query_start, kv_len, sequences, queries, 
                      source, head_strides, table, table_stride, d, log2_scale, parts, act):  # fmt: skip
     tasks = np.empty((kv_heads * (sequences + queries * group // ROWS), 5), np.int64)  # each sequence may round up
     count, work = list_tasks(tasks, query_start, kv_len, sequences, kv_heads, group, window)
+    if work * d < SERIAL:
+        parts = 1
+    use_threads(parts)
     for part in numba.prange(parts):
         low, high = work * part // parts, work * (part + 1) // parts
         attend_share(low, high, tasks, count, query_start, kv_len, group, window, q, ldq, out, ldo,

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Segments, Slab
-from lorikeet.kernels.cpu_runtime import at, device_function, hold, kernel, narrow, share_threads, size, tag_of, widen
+from lorikeet.kernels.cpu_runtime import (
+    SERIAL,
+    at,
+    device_function,
+    hold,
+    kernel,
+    narrow,
+    share_threads,
+    size,
+    tag_of,
+    use_threads,
+    widen,
+)
 from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, dot, dot_1x4, dot_4x4, share
 from lorikeet.types import SiteGroup
 
@@ -149,6 +161,9 @@ def lowrank_kernel(
     )
     scratch = np.empty(floats, np.float32)
     u = scratch.ctypes.data
+    if shrink_work * d_in + expand_work * TILE < SERIAL:
+        parts = 1
+    use_threads(parts)
     for part in numba.prange(parts):
         low, high = shrink_work * part // parts, shrink_work * (part + 1) // parts
         shrink_share(low, high, entries, count, rows, x, ldx, d_in, u, act, slab)

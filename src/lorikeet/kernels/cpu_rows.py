@@ -11,16 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorikeet.kernels.cpu_runtime import at, device_function, exp2, kernel, narrow, share_threads, size, tag_of, widen
+from lorikeet.kernels.cpu_runtime import (
+    at,
+    device_function,
+    exp2,
+    kernel,
+    narrow,
+    share_threads,
+    size,
+    tag_of,
+    use_threads,
+    widen,
+)
 from lorikeet.kernels.cpu_tiles import F0, dot, dot_1x4, dot_4x4
 
-SERIAL = 1 << 16  # elements up to which one thread does it all
+ONE_THREAD = 1 << 16  # elements up to which one thread does it all
 F1 = np.float32(1)
 LOG2E = np.float32(1.4426950408889634)
 
 
 def parts_for(elements: int) -> int:
-    return share_threads() if elements > SERIAL else 1
+    return share_threads() if elements > ONE_THREAD else 1
 
 
 def check_rows(name: str, *tensors: Tensor) -> None:
@@ -56,6 +67,7 @@ def norm_kernel(rows, x, ldx, heads, d, residual, ldr, total, out, weight, eps, 
     if parts == 1:
         norm_rows(0, rows, x, ldx, heads, d, residual, ldr, total, out, weight, eps, act)
     else:
+        use_threads(parts)
         for part in numba.prange(parts):
             begin, end = rows * part // parts, rows * (part + 1) // parts
             norm_rows(begin, end, x, ldx, heads, d, residual, ldr, total, out, weight, eps, act)
@@ -81,6 +93,7 @@ def rope_kernel(rows, x, ldx, heads, d, cos, sin, ld_angles, out, parts, act):
     if parts == 1:
         rope_rows(0, rows, x, ldx, heads, d, cos, sin, ld_angles, out, act)
     else:
+        use_threads(parts)
         for part in numba.prange(parts):
             begin, end = rows * part // parts, rows * (part + 1) // parts
             rope_rows(begin, end, x, ldx, heads, d, cos, sin, ld_angles, out, act)
@@ -101,6 +114,7 @@ def silu_kernel(rows, x, ldx, d, out, parts, act):
     if parts == 1:
         silu_rows(0, rows, x, ldx, d, out, act)
     else:
+        use_threads(parts)
         for part in numba.prange(parts):
             silu_rows(rows * part // parts, rows * (part + 1) // parts, x, ldx, d, out, act)
 
@@ -129,6 +143,7 @@ def logit_columns(begin, end, weight, ldw, x, ldx, rows, d, out, columns, act):
 
 @kernel
 def logits_kernel(weight, ldw, x, ldx, rows, d, out, columns, parts, act):
+    use_threads(parts)
     for part in numba.prange(parts):
         begin, end = columns // 4 * part // parts * 4, columns // 4 * (part + 1) // parts * 4
         if part == parts - 1:

@@ -26,6 +26,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import extending, types
+from numba.core import cgutils
 
 config: Any = numba.config  # its settings are made at run time
 # For the case that somebody imported numba before us and it has already read the environment.
@@ -98,14 +99,12 @@ def cache_folder() -> Path:
 config.CACHE_DIR = str(cache_folder())
 
 
+SERIAL = 1 << 18  # products up to which one thread does it all: a team costs microseconds, and more on a busy machine
+
+
 def share_threads() -> int:
-    """Give Numba's parallel regions as many threads as torch uses in the calling thread, and return that number."""
-    if not PARALLEL:
-        return 1
-    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-    if numba.get_num_threads() != threads:
-        numba.set_num_threads(threads)
-    return int(threads)
+    """How many threads a kernel may use: as many as torch in the calling thread."""
+    return min(torch.get_num_threads(), int(config.NUMBA_NUM_THREADS)) if PARALLEL else 1
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,6 +124,26 @@ def intrinsic(function: Callable[..., Any]) -> Any:
 @device_function
 def hold(array: Any) -> None:
     """Keep a scratch array alive up to here: kernels know it by its address only."""
+
+
+@intrinsic
+def use_threads(typing_context: Any, parts: Any) -> Any:
+    """How many threads the `prange` loops of the kernel that calls this start; with 1 no other thread is waited for.
+
+    Calls the threading layer by its symbol: numba.set_num_threads holds its address, which cannot be cached.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if PARALLEL:
+            i32 = ir.IntType(32)
+            setter_type = ir.FunctionType(ir.VoidType(), [i32])
+            setter = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+                builder.module, setter_type, "set_num_threads"
+            )
+            builder.call(setter, [builder.trunc(arguments[0], i32)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic
