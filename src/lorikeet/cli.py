@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lorikeet import __version__
-from lorikeet.errors import LorikeetError
+from lorikeet.errors import ConfigError, LorikeetError
 
 app = typer.Typer(
     name="lorikeet",
@@ -107,7 +107,7 @@ def serve(
 
 def _one_of(value: str, flag: str, *allowed: str) -> Any:
     if value not in allowed:
-        raise typer.BadParameter(f"found {value!r}; expected {' | '.join(allowed)}", param_hint=flag)
+        raise ConfigError(f"{flag}: found {value!r}; expected {' | '.join(allowed)}", param=flag)
     return value
 
 
