@@ -79,6 +79,14 @@ RECIPE: dict[str, Any] = {
 }
 
 
+def in_folder(recipe: dict[str, Any], home: Path) -> dict[str, Any]:
+    """The recipe with its files below `home`."""
+    sources = [
+        source | {"path": str(home / source["path"])} if "path" in source else source for source in recipe["sources"]
+    ]
+    return recipe | {"sources": sources, "state": str(home / "state"), "export": str(home / recipe["export"])}
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., Path]:
     """Writes the tiny recipe with changes into a folder of its own."""
@@ -87,7 +95,7 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
         home = tmp_path / folder
         home.mkdir(exist_ok=True)
         (home / "text.txt").write_text("\x1e".join(" ".join(WORDS[i:] * 40) for i in range(8)))
-        (home / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"state": str(home / "state")} | changes))
+        (home / "recipe.yaml").write_text(yaml.safe_dump(in_folder(RECIPE | changes, home)))
         return home / "recipe.yaml"
 
     return write

@@ -79,7 +79,7 @@ def run_pretrain(
         )
     if not exists and (resume or export):
         raise ConfigError(f"{state / CHECKPOINT} does not exist", hint="begin without --resume", param="state")
-    sources = _Sources(recipe, recipe_path.parent, documents)
+    sources = _Sources(recipe, documents)
     run = PretrainRun(recipe, sources.tokenizer(state), console)
     if exists:
         run.load(torch.load(state / CHECKPOINT, weights_only=True))
@@ -91,30 +91,30 @@ def run_pretrain(
         run.end_with_decay(decay)
     run.train(until, minutes)
     if run.finished:
-        run.export(recipe_path.parent / recipe.export)
+        run.export(Path(recipe.export))
 
 
 class _Sources:
     """Opens the sources of a recipe."""
 
-    def __init__(self, recipe: Recipe, folder: Path, documents: Documents) -> None:
-        self.recipe, self.folder, self.documents = recipe, folder, documents
+    def __init__(self, recipe: Recipe, documents: Documents) -> None:
+        self.recipe, self.documents = recipe, documents
         for source in recipe.sources:
-            if isinstance(source, TextSource) and not (folder / source.path).is_file():
+            if isinstance(source, TextSource) and not Path(source.path).is_file():
                 raise DataError(
-                    f"source {source.name}: {folder / source.path} is not a file",
-                    hint="paths are relative to the recipe",
+                    f"source {source.name}: {source.path} is not a file",
+                    hint="paths are relative to the folder the command runs in",
                     param="path",
                 )
 
     def _records(self, source: TextSource | SyntheticSource) -> Iterator[str]:
         if isinstance(source, TextSource):
-            return read_records(self.folder / source.path)
+            return read_records(Path(source.path))
         return within(self._generator(source)(source.seed), source.characters)
 
     def _content(self, source: TextSource | SyntheticSource) -> str:
         if isinstance(source, TextSource):
-            return file_digest(self.folder / source.path)
+            return file_digest(Path(source.path))
         return documents_digest(self._generator(source), source.seed, source.characters)
 
     def _generator(self, source: SyntheticSource) -> Documents:

@@ -50,7 +50,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class TextSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="text"):
-    """A UTF-8 file, plain or gzipped, records separated by U+001E. `path` is relative to the recipe's folder."""
+    """A UTF-8 file, plain or gzipped, records separated by U+001E. Paths are relative to the working directory."""
 
     name: str
     share: Share

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -44,6 +44,14 @@ def list_pairs(file: str) -> tuple[tuple[str, str], ...]:
     """The lines ``left: right`` of ``lists/file.txt``."""
     split = [line.partition(": ") for _, lines in sections("lists", file) for line in lines]
     return tuple((left, right) for left, _, right in split)
+
+
+def word_lists() -> Iterator[list[str]]:
+    """The values of every list in ``words/*.txt``."""
+    for text in _texts("words").values():
+        for line in text.splitlines():
+            if line and not line.startswith("#"):
+                yield [value.strip() for value in line.partition(": ")[2].split(",")]
 
 
 @cache
