@@ -27,6 +27,7 @@ HELD_OUT = 200  # one piece in so many
 BLOCK = 512  # tokens from one drawable position to the next
 PROBE = 2000  # documents whose text stands for a generator's content in the cache key
 FORMAT = 1
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +156,15 @@ def documents_digest(documents: Documents, seed: int, characters: int) -> str:
 class Mixture:
     """Deals rows from corpora so that each keeps its share, without repeats until a corpus is used up.
 
-    All state is `taken`, the rows dealt from each source: order comes from the seed, so resuming is exact.
+    All state is `taken`, the rows dealt from each source: order comes from the seed, so resuming is exact. Whose turn
+    it is comes from the multiples of the golden ratio, which are spread evenly from wherever one starts: shares that
+    are changed, or a source that is added in the middle of a run, hold from the next row on and are not made up for.
     """
 
     def __init__(self, corpora: Sequence[Corpus], shares: Mapping[str, float], seed: int) -> None:
         self.corpora = {corpus.name: corpus for corpus in corpora}
         total = sum(shares[name] for name in self.corpora)
-        self.shares = {name: shares[name] / total for name in self.corpora}
+        self.bounds = np.cumsum([shares[name] / total for name in self.corpora])
         self.seed = seed
         self.taken = dict.fromkeys(self.corpora, 0)
         self._orders: dict[tuple[str, int], np.ndarray] = {}
@@ -171,8 +174,8 @@ class Mixture:
         return torch.from_numpy(np.stack([self._next(length) for _ in range(count)]).astype(np.int64))
 
     def _next(self, length: int) -> np.ndarray:
-        dealt = sum(self.taken.values()) + 1
-        name = max(self.shares, key=lambda n: self.shares[n] * dealt - self.taken[n])
+        turn = sum(self.taken.values()) * GOLDEN % 1
+        name = list(self.corpora)[min(int(np.searchsorted(self.bounds, turn, side="right")), len(self.corpora) - 1)]
         corpus, epoch = self.corpora[name], self.taken[name] // self.corpora[name].blocks
         order = self._orders.get((name, epoch))
         if order is None:
