@@ -82,7 +82,7 @@ def run_pretrain(
     sources = _Sources(recipe, documents)
     run = PretrainRun(recipe, sources.tokenizer(state), console)
     if exists:
-        run.load(torch.load(state / CHECKPOINT, weights_only=True))
+        run.load(torch.load(state / CHECKPOINT, weights_only=True, map_location="cpu"))
     if export is not None:
         run.export(export)
         return
@@ -165,7 +165,8 @@ class PretrainRun:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, console: Console) -> None:
         self.recipe, self.tokenizer, self.console = recipe, tokenizer, console
         self.spec = recipe.model.spec()
-        self.masters = initial_masters(self.spec, recipe.seed)
+        self.device = _device(recipe.device)
+        self.masters = {name: p.to(self.device) for name, p in initial_masters(self.spec, recipe.seed).items()}
         self.working = WorkingCopy(self.spec, self.masters, getattr(torch, recipe.dtype))
         matrices = {n: p for n, p in self.masters.items() if p.dim() == 2 and n != EMBED}
         others = {n: p for n, p in self.masters.items() if n not in matrices}
@@ -178,7 +179,7 @@ class PretrainRun:
         self.taken: dict[str, int] = {}
         self.mixture: Mixture | None = None
         self.validation: dict[str, float] = {}
-        self.byte_lengths = torch.tensor(token_bytes(tokenizer))
+        self.byte_lengths = torch.tensor(token_bytes(tokenizer), device=self.device)
         self.loss = _compiled(self.spec, recipe)
         self.stopping = False
 
@@ -241,7 +242,7 @@ class PretrainRun:
         length = plan.length if self.tokens < plan.long_from else self.spec.max_context
         total = 0.0
         for _ in range(plan.micro_batches):
-            rows = self.mixture.rows(plan.micro_tokens // length, length + 1)
+            rows = self.mixture.rows(plan.micro_tokens // length, length + 1).to(self.device)
             loss = self.loss(self.working.weights, rows)
             (loss / plan.micro_batches).backward()
             total += loss.item() / plan.micro_batches
@@ -258,7 +259,7 @@ class PretrainRun:
     def _validate(self) -> None:
         for corpus in self.corpora:
             rows = held_out_rows(corpus, self.recipe.optimization.length, self.recipe.validation_rows)
-            loss, bits = bits_per_byte(self.spec, self.working.weights, rows, self.byte_lengths)
+            loss, bits = bits_per_byte(self.spec, self.working.weights, rows.to(self.device), self.byte_lengths)
             self.validation[corpus.name] = bits
             self._record("validation", loss=loss, source=corpus.name, bits_per_byte=bits)
         text = ", ".join(f"{name} {bits:.3f}" for name, bits in self.validation.items())
@@ -363,6 +364,12 @@ def _compiled(spec: ModelSpec, recipe: Recipe) -> Callable[[DecoderWeights, Tens
     if recipe.compile == "never" or not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         return loss
     return cast(Callable[[DecoderWeights, Tensor], Tensor], torch.compile(loss, dynamic=False))
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch finds no CUDA device", hint="use auto or cpu", param="device")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @contextmanager

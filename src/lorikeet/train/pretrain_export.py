@@ -38,7 +38,7 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         new = Path(name)
-        weights = {key: value.to(torch.bfloat16).contiguous() for key, value in masters.items()}
+        weights = {key: value.to("cpu", torch.bfloat16).contiguous() for key, value in masters.items()}
         save_file(weights, str(new / "model.safetensors"), metadata={"format": "pt"})
         _write_json(new / "config.json", hugging_face_config(spec))
         eos = list(spec.eos_ids)

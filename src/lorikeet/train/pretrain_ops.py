@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache
@@ -18,6 +19,7 @@ from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.kernels.weight import DenseWeight, Weight
 from lorikeet.model.decoder import DecoderWeights, LayerWeights, forward
 from lorikeet.model.spec import ModelSpec
+from lorikeet.model.weights import rope_tables
 
 EMBED, NORM = "model.embed_tokens.weight", "model.norm.weight"
 ATTENTION_CHUNK = 128  # queries at a time: what lies right of the diagonal is mostly never computed
@@ -29,7 +31,7 @@ def layer_name(layer: int, part: str) -> str:
 
 
 def initial_masters(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
-    """Fresh fp32 weights by their Hugging Face Llama name; residual projections start at zero."""
+    """Fresh fp32 weights (on the CPU) by their Hugging Face Llama name; residual projections start at zero."""
     generator = torch.Generator().manual_seed(seed)
     h, m, q, kv = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
 
@@ -52,13 +54,6 @@ def initial_masters(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
     return masters | {NORM: torch.ones(h)}
 
 
-def rope_tables(spec: ModelSpec) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_context, head_dim / 2] fp32 of unscaled rotary positions."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
-    angles = torch.arange(spec.max_context, dtype=torch.float64)[:, None] * spec.rope_theta**-exponents
-    return angles.cos().float(), angles.sin().float()
-
-
 @dataclass(slots=True)
 class Part:
     """A leaf tensor of the working copy and the masters that lie in it, row block after row block."""
@@ -68,15 +63,19 @@ class Part:
 
 
 class WorkingCopy:
-    """The weights that the forward pass reads, in `dtype`, fused as the decoder wants them, and their gradients."""
+    """The weights that the forward pass reads, in `dtype`, fused as the decoder wants them, and their gradients.
+
+    They lie on the masters' device.
+    """
 
     def __init__(self, spec: ModelSpec, masters: dict[str, Tensor], dtype: torch.dtype) -> None:
         self.parts: list[Part] = []
+        device = masters[EMBED].device
 
         def leaf(*names: str) -> Tensor:
             chosen = [(name, masters[name]) for name in names]
             shape = (sum(p.shape[0] for _, p in chosen), *chosen[0][1].shape[1:])
-            self.parts.append(Part(torch.empty(shape, dtype=dtype, requires_grad=True), chosen))
+            self.parts.append(Part(torch.empty(shape, dtype=dtype, device=device, requires_grad=True), chosen))
             return self.parts[-1].leaf
 
         def layer(i: int) -> LayerWeights:
@@ -90,7 +89,7 @@ class WorkingCopy:
             )
 
         embed = leaf(EMBED)
-        cos, sin = rope_tables(spec)
+        cos, sin = rope_tables(spec, device=device)
         layers = [layer(i) for i in range(spec.num_layers)]
         self.weights = DecoderWeights(embed, layers, leaf(NORM), DenseWeight(embed), cos, sin)
         self.refresh()
@@ -126,14 +125,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32)
-        dweight = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dweight = torch.zeros(weight.shape, dtype=wide, device=x.device)
         dx = []
         for rows, wanted in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
             logits = (rows @ weight.T).to(dweight.dtype)
             logprobs = logits.log_softmax(-1)
             total = total - logprobs.gather(1, wanted[:, None]).sum()
-            columns = torch.arange(weight.shape[0])
+            columns = torch.arange(weight.shape[0], device=x.device)
             dlogits = ((logprobs.exp() - (columns == wanted[:, None]).to(logprobs.dtype)) / len(targets)).to(x.dtype)
             dx.append(dlogits @ weight)
             dweight += dlogits.T @ rows
@@ -167,12 +167,14 @@ class PretrainOps(ReferenceOps):
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
     ) -> Tensor:
-        """Causal attention, ATTENTION_CHUNK queries at a time, so that a compiler can fuse scale, mask and softmax."""
+        """Causal attention; on a CPU ATTENTION_CHUNK queries at a time, so that a compiler can fuse the softmax."""
         assert cache is None and window is None
         q, k, v = (x.unflatten(0, (-1, self.length)).transpose(1, 2) for x in (q, k, v))
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        if q.is_cuda:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1).flatten(1)
         wide = torch.promote_types(q.dtype, torch.float32)
         chunks = []
         for start in range(0, self.length, ATTENTION_CHUNK):
@@ -185,12 +187,12 @@ class PretrainOps(ReferenceOps):
 
 def causal_batch(rows: Tensor) -> Batch:
     """All but the last token of rows [B, length + 1] as one flat batch."""
-    count, length = rows.shape[0], rows.shape[1] - 1
+    count, length, device = rows.shape[0], rows.shape[1] - 1, rows.device
     return Batch(
         tokens=rows[:, :-1].flatten(),
-        positions=torch.arange(length).repeat(count),
-        query_start=torch.arange(count + 1, dtype=torch.int32) * length,
-        kv_len=torch.full((count,), length, dtype=torch.int32),
+        positions=torch.arange(length, device=device).repeat(count),
+        query_start=torch.arange(count + 1, dtype=torch.int32, device=device) * length,
+        kv_len=torch.full((count,), length, dtype=torch.int32, device=device),
         max_query=length,
         max_kv=length,
     )

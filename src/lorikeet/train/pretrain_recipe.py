@@ -109,6 +109,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tokenizer: TokenizerPlan
     sources: list[TextSource | SyntheticSource]
     optimization: Optimization
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Positive = 2
     compile: Literal["auto", "never"] = "auto"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
