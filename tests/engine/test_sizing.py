@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from lorikeet.config import EngineConfig
 from lorikeet.engine import sizing
 from lorikeet.engine.engine import Engine
-from lorikeet.engine.sizing import choose_device, choose_dtype, choose_sizes
+from lorikeet.engine.sizing import choose_device, choose_sizes
 from lorikeet.errors import ConfigError
 
 GIB = 2**30
@@ -73,9 +73,5 @@ def test_devices_and_tiers_that_are_not_there() -> None:
         Engine.build(EngineConfig(adapter_host_memory=GIB))
 
 
-def test_bf16_only_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for flags, dtype in (({"avx2"}, torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"bf16"}, torch.bfloat16)):
-        monkeypatch.setattr(sizing, "_cpu_flags", lambda flags=flags: flags)
-        assert choose_dtype("auto") == dtype
-        assert choose_dtype("bfloat16") == torch.bfloat16
+def test_free_memory_is_known() -> None:
     assert sizing.available_memory() > 0

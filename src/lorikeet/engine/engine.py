@@ -21,9 +21,10 @@ from lorikeet.engine.request import Sequence, check_prompt, check_sampling, effe
 from lorikeet.engine.residency import Residency
 from lorikeet.engine.runner import Runner
 from lorikeet.engine.scheduler import Scheduler
-from lorikeet.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes
+from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.errors import InvalidRequestError, NotFoundError
+from lorikeet.kernels.precision import choose_dtype
 from lorikeet.kernels.weight import pack
 from lorikeet.model import sources
 from lorikeet.model import weights as model_weights

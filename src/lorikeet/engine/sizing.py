@@ -12,12 +12,11 @@ import torch
 from lorikeet.adapters.compiled import Dtype
 from lorikeet.config import EngineConfig
 from lorikeet.errors import ConfigError
+from lorikeet.kernels.precision import DTYPES
 from lorikeet.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 flags, and the ARM one
 _LOGIT_BYTES = 256 * 2**20  # of fp32 logits in one step
 _SHARE = 0.25  # of the free memory, for the cache and again for the slab
 _SLAB_BYTES = 2 * 2**30  # a slab never takes more unless told to
@@ -55,21 +54,6 @@ def choose_device(config: EngineConfig) -> str:
     return "cpu"
 
 
-def choose_dtype(name: str) -> torch.dtype:
-    """`auto` is bf16 where the processor multiplies it natively, else fp32."""
-    if name != "auto":
-        return _DTYPES[name]
-    return torch.bfloat16 if _NATIVE_BF16 & _cpu_flags() else torch.float32
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    return {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
-
-
 def available_memory() -> int:
     """Bytes this process may still take: what the machine has free, within the limit of its control group."""
     free = int(psutil.virtual_memory().available)
@@ -85,7 +69,7 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> S
     """Sizes as configured, else from the free memory. Call it with the weights loaded. Raises ConfigError."""
     _check_counts(config, spec)
     max_context = config.max_context or spec.max_context
-    adapter_dtype = dtype if config.adapter_dtype == "auto" else _DTYPES[config.adapter_dtype]
+    adapter_dtype = dtype if config.adapter_dtype == "auto" else DTYPES[config.adapter_dtype]
     available = available_memory()
     block_bytes = 2 * spec.num_layers * config.block_size * spec.kv_size * dtype.itemsize
     blocks_each = -(-max_context // config.block_size)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch
-from lorikeet.train.precision import bf16_products
+from lorikeet.kernels.precision import bf16_products
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # bucket lengths; longer rows stand alone
 FEW_TOKENS = 512  # a bucket smaller than this joins the next longer one

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorikeet.kernels.precision import bf16_products
 from lorikeet.kernels.weight import Weight
-from lorikeet.train.precision import bf16_products
 
 CHUNK = 512  # rows of logits held at once
 

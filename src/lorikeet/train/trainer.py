@@ -20,6 +20,7 @@ from lorikeet import __version__
 from lorikeet.adapters.files import Lock, LockedBase, LockedTemplate, LoraConfig, write_peft
 from lorikeet.config import AdapterRecipe, TrainRecipe, read_recipe, resolve_adapters
 from lorikeet.errors import LorikeetError
+from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model.names import MODULES, module_of
 from lorikeet.model.sources import find_model, identify
 from lorikeet.model.spec import ModelSpec
@@ -30,7 +31,6 @@ from lorikeet.train.adapter_run import AdapterRun
 from lorikeet.train.audit import AdapterData, prepare, print_report, require_clean
 from lorikeet.train.dataset import digest
 from lorikeet.train.joint import JointTrainer
-from lorikeet.train.precision import choose_dtype
 from lorikeet.train.progress import Bars, MetricsFile
 from lorikeet.types import BaseIdentity
 

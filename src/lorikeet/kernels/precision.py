@@ -1,22 +1,31 @@
-"""Which dtype to train in, and products of bf16 values with an fp32 result, which torch itself gives on no CPU."""
+"""Which dtype to compute in, and products of bf16 values with an fp32 result, which torch itself gives on no CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 flags, and the ARM one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """The dtype of the base in training; `auto` is bf16 where the processor multiplies it natively, else fp32."""
+    """`auto` is bf16 where the processor multiplies it natively, else fp32."""
     if name != "auto":
         return DTYPES[name]
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if _NATIVE_BF16 & _cpu_flags() else torch.float32
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
 
 
 @contextmanager
