@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from lorikeet.config import AdapterRecipe, TrainData, TrainRecipe, resolve_adapters
+from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model.sources import find_model
 from lorikeet.model.weights import load
 from lorikeet.train.adapter_run import AdapterRun
 from lorikeet.train.dataset import Example
 from lorikeet.train.joint import JointTrainer
-from lorikeet.train.precision import choose_dtype
 from lorikeet.train.trainer import keep_freed_memory
 
 ROWS, RANK, BAR = 32, 16, 2.5
