@@ -228,7 +228,7 @@ def test_report_shows_everything(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = out.getvalue()
     for part in (
         "intent",
-        "1 labels, 2 rows each",
+        "1 labels x 2",
         "broken rows",
         "train.jsonl:4",
         "no token to learn",

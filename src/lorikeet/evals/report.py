@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lorikeet.evals.harness import Result
@@ -29,23 +30,26 @@ def add_training(results: Sequence[Result], adapters: Mapping[str, str | None], 
 
 
 def table(results: Sequence[Result], title: str = "Base and adapters, one mixed load") -> Table:
-    """A line a task: scores in percent with their 95% intervals, cost, size, latency."""
-    out = Table(title=title)
-    for name in ("task", "metric", "rows", "base", "adapter", "baseline", "train core-s", "size", "p50 ms", "p95 ms"):
-        out.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    """A row a task, two lines each: scores in percent with their 95% intervals, cost of training and size, latency.
+
+    No wider than 80 columns, so that nothing is cut on a plain terminal.
+    """
+    out = Table(title=title, box=SIMPLE_HEAD)
+    out.add_column("task\nmetric, rows", no_wrap=True)
+    for name in ("base\n95%", "adapter\n95%", "base-\nline", "core-s\nMiB", "p50 ms\np95"):
+        out.add_column(name, justify="right", no_wrap=True)
     for r in results:
         out.add_row(
-            r.task,
-            r.metric,
-            str(r.n),
+            f"{r.task}\n{r.metric}, {r.n}",
             _percent(r.base, r.base_ci),
             _percent(r.adapter, r.adapter_ci),
             _percent(r.baseline, None),
             # the joint run holds every core, so an adapter's share of wall time is a share of all of them
-            "-" if r.train_seconds is None else f"{r.train_seconds * (os.cpu_count() or 1):.0f}",
-            "-" if r.adapter_bytes is None else f"{r.adapter_bytes / 2**20:.1f} MiB",
-            "-" if r.p50_ms is None else f"{r.p50_ms:.0f}",
-            "-" if r.p95_ms is None else f"{r.p95_ms:.0f}",
+            _lines(
+                r.train_seconds and f"{r.train_seconds * (os.cpu_count() or 1):.0f}",
+                r.adapter_bytes and f"{r.adapter_bytes / 2**20:.1f}",
+            ),
+            _lines(r.p50_ms and f"{r.p50_ms:.0f}", r.p95_ms and f"{r.p95_ms:.0f}"),
         )
     return out
 
@@ -54,7 +58,11 @@ def _percent(score: float | None, interval: tuple[float, float] | None) -> str:
     if score is None:
         return "-"
     text = f"{100 * score:.1f}"
-    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return text if interval is None else f"{text}\n{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def _lines(first: str | float | None, second: str | float | None) -> str:
+    return "-" if first is None else f"{first}\n{second}"
 
 
 def write(results: Sequence[Result], path: Path) -> None:

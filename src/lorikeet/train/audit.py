@@ -211,14 +211,15 @@ def _lines(path: Path, lines: Sequence[int]) -> str:
 def print_report(audits: Sequence[Audit], console: Console) -> None:
     """The report: one line an adapter, then every finding."""
     table = Table(title="Training data", title_justify="left", box=SIMPLE)
-    for column in ("adapter", "train", "val", "test", "tokens", "learned", "row p50", "p95", "max"):
+    # no wider than 80 columns, so that nothing is cut on a plain terminal
+    for column in ("adapter", "train", "val", "test", "tokens", "learned", "p50/p95/max"):
         table.add_column(column, justify="left" if column == "adapter" else "right", no_wrap=True)
     table.add_column("completions")
     for audit in audits:
         counts = (f"{n:,}" for n in (audit.train, audit.validation, audit.test, audit.tokens))
-        lengths = (str(audit.lengths.get(p, 0)) for p in (50, 95, 100))
+        lengths = "/".join(str(audit.lengths.get(p, 0)) for p in (50, 95, 100))
         learned = f"{audit.learned_tokens / max(audit.tokens, 1):.0%}"
-        table.add_row(audit.adapter, *counts, learned, *lengths, _completions(audit))
+        table.add_row(audit.adapter, *counts, learned, lengths, _completions(audit))
     console.print(table)
     for audit in audits:
         for message in audit.errors:
@@ -232,7 +233,7 @@ def _completions(audit: Audit) -> str:
         return "free text"
     counts = list(audit.labels.values())
     each = str(counts[0]) if counts[0] == counts[-1] else f"{counts[-1]} to {counts[0]}"
-    return f"{len(counts)} labels, {each} rows each"
+    return f"{len(counts)} labels x {each}"
 
 
 def require_clean(audits: Sequence[Audit]) -> None:
