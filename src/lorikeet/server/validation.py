@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
@@ -19,6 +21,7 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128  # `n`
 SHOWN = 80  # characters of an offending value that an error repeats
 LISTED = 5  # objections that one reply lists
+LINGER = 10.0  # seconds that a client may go on sending a body that is too large
 
 
 class Body(BaseModel):
@@ -36,20 +39,37 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The raw body; `BodyTooLargeError` as soon as it is known to exceed `limit` bytes, the rest unread."""
+    """The raw body; `BodyTooLargeError` when it exceeds `limit` bytes, of which no more than that were ever held.
+
+    The rest is taken in and thrown away, for LINGER seconds at most: a connection closed on a client that still
+    writes is reset, and the reset would overtake the reply that says what was wrong. A client that asks first
+    ("Expect: 100-continue") is told at once.
+    """
     too_large = BodyTooLargeError(
         f"the body is larger than {limit} bytes", hint="send fewer prompts in one request, or raise the server's limit"
     )
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
+        if request.headers.get("expect", "").lower() != "100-continue":
+            await _discard(request)
         raise too_large
-    chunks, size = [], 0
+    chunks: list[bytes] = []
+    size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit:
+            chunks.clear()
+            await _discard(request)
             raise too_large
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+async def _discard(request: Request) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while (await request.receive()).get("more_body"):
+                pass
 
 
 def parse(kind: type[AnyBody], data: bytes) -> AnyBody:
