@@ -6,7 +6,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorikeet.config import DEFAULTS, EvalRecipe, TrainRecipe, parse_size, read_recipe, resolve_adapters, resolve_tasks
+from lorikeet.config import (
+    DEFAULTS,
+    EvalRecipe,
+    TrainRecipe,
+    chosen,
+    parse_size,
+    read_recipe,
+    resolve_adapters,
+    resolve_tasks,
+)
 from lorikeet.errors import ConfigError
 
 ADAPTER = {"name": "intent", "data": {"train": "t.jsonl"}, "prompt": "{text}", "completion": " {label}"}
@@ -119,3 +128,13 @@ def test_shipped_recipes_read(path: Path) -> None:
         resolve_adapters(read_recipe(path, TrainRecipe))
     if "tasks" in raw:
         resolve_tasks(read_recipe(path, EvalRecipe))
+
+
+def test_some_of_a_recipe(tmp_path: Path) -> None:
+    adapters = read_recipe(
+        written(tmp_path, adapters=[ADAPTER | {"name": n} for n in ("a", "b", "c")]), TrainRecipe
+    ).adapters
+    assert [adapter.name for adapter in chosen(adapters, ())] == ["a", "b", "c"]
+    assert [adapter.name for adapter in chosen(adapters, ["c", "a"])] == ["a", "c"]
+    with pytest.raises(ConfigError, match="--only: found 'd'; the recipe has a, b, c"):
+        chosen(adapters, ["a", "d"])

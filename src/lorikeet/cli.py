@@ -120,11 +120,12 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A train.yaml.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in the output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the audit of the data and stop.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Train this adapter alone; give it again for more.")] = None,
 ) -> None:
     """Train the adapters of a recipe together, in shared forward passes over one copy of the base."""
     from lorikeet.train.trainer import run_train
 
-    run_train(recipe, resume=resume, dry_run=dry_run)
+    run_train(recipe, resume=resume, dry_run=dry_run, only=only or ())
 
 
 @app.command(
@@ -139,13 +140,16 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the adapters (offline), and of summary.json.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Results file (JSON).")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Judge this task alone; give it again for more.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests in flight.", min=1)] = 32,
     api_key: Annotated[str | None, typer.Option(envvar="LORIKEET_API_KEY", help="Key of the server.")] = None,
 ) -> None:
     """Judge adapters against the base and a classical baseline, all tasks in one mixed load."""
     from lorikeet.judge import run_eval
 
-    run_eval(recipe, url=url, adapters=adapters, output=output, concurrency=concurrency, api_key=api_key)
+    run_eval(
+        recipe, url=url, adapters=adapters, output=output, only=only or (), concurrency=concurrency, api_key=api_key
+    )
 
 
 @app.command(

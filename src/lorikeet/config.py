@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -223,6 +224,18 @@ def resolve_tasks(recipe: EvalRecipe) -> list[EvalTask]:
             task = msgspec.structs.replace(task, reference=answer)
         resolved.append(task)
     return resolved
+
+
+Named = TypeVar("Named", AdapterRecipe, EvalTask)
+
+
+def chosen(items: Sequence[Named], only: Collection[str]) -> list[Named]:
+    """The adapters or tasks of these names, in the recipe's order; all of them when no name is given."""
+    names = [item.name for item in items]
+    for name in only:
+        if name not in names:
+            raise ConfigError(f"--only: found {name!r}; the recipe has {', '.join(names)}", param="only")
+    return [item for item in items if not only or item.name in only]
 
 
 # --- serving ------------------------------------------------------------------------------------------------------

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lorikeet.config import EvalRecipe, read_recipe
+from lorikeet.config import EvalRecipe, chosen, read_recipe
 from lorikeet.data.formats import read_rows
 from lorikeet.errors import ConfigError, NotFoundError
 from lorikeet.evals import report
@@ -25,6 +26,7 @@ def run_eval(
     recipe_path: Path,
     *,
     url: str | None = None,
+    only: Collection[str] = (),
     adapters: Path | None = None,
     output: Path | None = None,
     concurrency: int = 32,
@@ -32,7 +34,7 @@ def run_eval(
     root: Path | None = None,
     console: Console | None = None,
 ) -> list[Result]:
-    """Judge the tasks of a recipe, print the table and write the results file.
+    """Judge the tasks of a recipe (`only` some), print the table and write the results file.
 
     `url` names a running server; without it the offline engine loads the recipe's base and `adapters` (else the
     recipe's `output`). Paths in the recipe are relative to `root` (the working directory). A `summary.json` beside
@@ -40,6 +42,7 @@ def run_eval(
     """
     console = console or Console()
     recipe = read_recipe(recipe_path, EvalRecipe)
+    recipe = replace(recipe, tasks=chosen(recipe.tasks, only))
     root = root or Path.cwd()
     folder = adapters or (root / recipe.output if recipe.output is not None else None)
     prepared = prepare(recipe, root, read_rows)

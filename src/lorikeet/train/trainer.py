@@ -7,7 +7,7 @@ import hashlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lorikeet import __version__
 from lorikeet.adapters.files import Lock, LockedBase, LockedTemplate, LoraConfig, write_peft
-from lorikeet.config import AdapterRecipe, TrainRecipe, read_recipe, resolve_adapters
+from lorikeet.config import AdapterRecipe, TrainRecipe, chosen, read_recipe, resolve_adapters
 from lorikeet.errors import LorikeetError
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model.names import MODULES, module_of
@@ -83,11 +83,12 @@ def run_train(
     *,
     resume: bool = False,
     dry_run: bool = False,
+    only: Collection[str] = (),
     root: Path | None = None,
     output: Path | None = None,
     console: Console | None = None,
 ) -> Summary | None:
-    """Audit the data, train all adapters of a recipe together, write them; None after a dry run.
+    """Audit the data, train the adapters of a recipe together (`only` some), write them; None after a dry run.
 
     Paths in the recipe are relative to `root` (the working directory); `output` replaces the recipe's. SIGINT and
     SIGTERM end the run at the next step with checkpoints that `resume` goes on from. Raises ConfigError or DataError
@@ -97,7 +98,7 @@ def run_train(
     recipe = read_recipe(recipe_path, TrainRecipe)
     root = root or Path.cwd()
     output = output or root / recipe.output
-    adapters = resolve_adapters(recipe)
+    adapters = chosen(resolve_adapters(recipe), only)
     folder = find_model(recipe.base)
     tokenizer, context = Tokenizer(folder), load_spec(folder).max_context
     data = _read_data(adapters, tokenizer, context, root, console)
