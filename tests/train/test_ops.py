@@ -198,16 +198,33 @@ def test_dropout_gradients() -> None:
         assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(adapter.grad @ direction), rel=1e-5)
 
 
+def mask_of(seed: int, step: int, site: int, places: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return Dropout(0.25, seed, step).of(site, places).times(torch.ones(len(places), 64, dtype=dtype))
+
+
 def test_dropout_mask() -> None:
     tokens = torch.arange(4000)
-    mask = Dropout(0.25, 3, 11).mask(5, tokens, 64, torch.float64)
+    mask = mask_of(3, 11, 5, tokens)
     assert mask.unique().tolist() == [0.0, 1 / 0.75]
     kept = (mask > 0).double()
     assert kept.mean().item() == pytest.approx(0.75, abs=0.005)
     assert kept.mean(0).std().item() < 0.02 and kept.mean(1).std().item() < 0.08
-    assert torch.equal(mask[100:200], Dropout(0.25, 3, 11).mask(5, tokens[100:200], 64, torch.float64))
-    for other in (Dropout(0.25, 4, 11).mask(5, tokens, 64, torch.float64),
-                  Dropout(0.25, 3, 12).mask(5, tokens, 64, torch.float64),
-                  Dropout(0.25, 3, 11).mask(6, tokens, 64, torch.float64)):  # fmt: skip
+    assert torch.equal(mask[100:200], mask_of(3, 11, 5, tokens[100:200]))
+    for other in (mask_of(4, 11, 5, tokens), mask_of(3, 12, 5, tokens), mask_of(3, 11, 6, tokens)):
         agree = (kept == (other > 0)).double().mean().item()
         assert agree == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_kernel_makes_the_same_mask(dtype: torch.dtype) -> None:
+    """Places with high bits set, rows that do not lie side by side, and the input as its own output."""
+    places = torch.arange(700) * (1 << 20) + 17
+    expected = mask_of(3, 11, 5, places)
+    assert torch.equal(mask_of(3, 11, 5, places, dtype), expected.to(dtype))
+    wide = normal(700, 128, seed=1).to(dtype)
+    x = wide[:, :64]
+    want = (x.double() * expected).to(dtype)
+    out = Dropout(0.25, 3, 11).of(5, places).times(x, out=x)
+    assert out is x
+    torch.testing.assert_close(out, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    assert torch.equal(out == 0, expected == 0)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels.cpu_rows import F1, LOG2E, add_rms_norm, check_rows, parts_for, rope, silu_mul
-from lorikeet.kernels.cpu_runtime import at, device_function, exp2, kernel, narrow, size, tag_of, widen
+from lorikeet.kernels.cpu_runtime import at, device_function, exp2, hold, kernel, narrow, size, tag_of, widen
 from lorikeet.kernels.cpu_tiles import F0
 
-__all__ = ["add_rms_norm", "add_rms_norm_backward", "rope", "silu_mul", "silu_mul_backward"]
+__all__ = ["add_rms_norm", "add_rms_norm_backward", "dropout", "rope", "silu_mul", "silu_mul_backward"]
+
+SHIFT, FACTOR = np.uint32(16), np.uint32(0x45D9F3B)
 
 
 @device_function
@@ -67,6 +69,40 @@ def silu_backward_kernel(rows, dout, x, d, out, parts, act):
             silu_backward_rows(rows * part // parts, rows * (part + 1) // parts, dout, x, d, out, act)
 
 
+@device_function
+def hashed(x):
+    """A 32-bit integer hash: two rounds of multiply and xor-shift."""
+    x = np.uint32((x ^ (x >> SHIFT)) * FACTOR)
+    x = np.uint32((x ^ (x >> SHIFT)) * FACTOR)
+    return np.uint32(x ^ (x >> SHIFT))
+
+
+@device_function
+def dropout_rows(begin, end, x, ldx, d, places, low, columns, limit, scale, out, ldo, act):
+    of_row, of_column = at(places, np.int64(0)), at(columns, SHIFT)
+    for row in range(begin, end):
+        h = hashed(np.uint32(of_row[row]) ^ low)
+        source, o = at(x + row * ldx, act), at(out + row * ldo, act)
+        for i in range(d):
+            keep = hashed(h ^ of_column[i]) >= limit
+            o[i] = narrow(widen(source[i]) * scale, act) if keep else narrow(F0, act)
+
+
+@kernel
+def dropout_kernel(rows, x, ldx, d, places, low, high, limit, scale, out, ldo, parts, act):
+    columns = np.empty(d, np.uint32)
+    for i in range(d):
+        columns[i] = hashed(np.uint32(i + high))
+    address = columns.ctypes.data
+    if parts == 1:
+        dropout_rows(0, rows, x, ldx, d, places, low, address, limit, scale, out, ldo, act)
+    else:
+        for part in numba.prange(parts):
+            begin, end = rows * part // parts, rows * (part + 1) // parts
+            dropout_rows(begin, end, x, ldx, d, places, low, address, limit, scale, out, ldo, act)
+    hold(columns)
+
+
 def add_rms_norm_backward(dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, eps: float) -> Tensor:
     """d(x) = d(residual) of (normed, total) = add_rms_norm(x, residual): all [T, d] of one dtype."""
     dnormed, dtotal, total = dnormed.contiguous(), dtotal.contiguous(), total.contiguous()
@@ -87,5 +123,21 @@ def silu_mul_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     silu_backward_kernel(
         dout.shape[0], dout.data_ptr(), gate_up.data_ptr(), dout.shape[1], out.data_ptr(), parts_for(gate_up.numel()),
         tag_of(dout),
+    )  # fmt: skip
+    return out
+
+
+def dropout(x: Tensor, places: Tensor, key: int, rate: float, out: Tensor) -> Tensor:
+    """x [n, d] with each element zeroed with probability `rate`, else over (1 - rate), written into `out`.
+
+    The choice is a hash of `key` (below 2^62), `places` [n] (int64, their lower 32 bits) and the column.
+    """
+    check_rows("dropout", x, out)
+    if places.dtype != torch.int64 or not places.is_contiguous() or len(places) != len(x):
+        raise ValueError(f"dropout: places {places.dtype} {tuple(places.shape)}; expected dense int64 [{len(x)}]")
+    dropout_kernel(
+        x.shape[0], x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1], places.data_ptr(),
+        np.uint32(key & 0xFFFFFFFF), key >> 32, np.uint32(int(rate * 2**32)), np.float32(1 / (1 - rate)),
+        out.data_ptr(), out.stride(0) * out.element_size(), parts_for(x.numel()), tag_of(x),
     )  # fmt: skip
     return out

@@ -6,9 +6,8 @@ function that saves its inputs, not its intermediates. Nothing here mixes tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,16 +34,25 @@ class Dropout:
     seed: int
     step: int
 
-    def mask(self, site: int, places: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """[n, width]: 0 with probability `rate`, else 1 / (1 - rate); `places` [n] is row * 2^20 + position."""
-        key = _mix(_mix(_mix(self.seed) ^ self.step) ^ site)
-        rows = _mix_tensor((places ^ key) & _LOW)
-        columns = _mix_tensor(torch.arange(width) + (key >> 32))
-        bits = _mix_tensor((rows[:, None] ^ columns[None, :]) & _LOW)
-        return (bits >= int(self.rate * 2**32)).to(dtype).mul_(1 / (1 - self.rate))
+    def of(self, site: int, places: Tensor) -> DropoutMask:
+        """The mask on a site's input; `places` [n] is row * 2^20 + position."""
+        return DropoutMask(self.rate, _mix(_mix(_mix(self.seed) ^ self.step) ^ site), places)
 
 
-_LOW = 2**32 - 1
+@dataclass(frozen=True, slots=True)
+class DropoutMask:
+    """0 with probability `rate`, else 1 / (1 - rate), at each (token, column): a hash of `key`, made again each time.
+
+    Keeping the mask for the backward pass would cost as many bytes as the input itself.
+    """
+
+    rate: float
+    key: int
+    places: Tensor
+
+    def times(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [n, width] times the mask, written into `out` where given (x itself is allowed)."""
+        return row_kernels(x).dropout(x, self.places, self.key, self.rate, torch.empty_like(x) if out is None else out)
 
 
 def _mix(x: int) -> int:
@@ -53,13 +61,6 @@ def _mix(x: int) -> int:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
     return (x ^ (x >> 31)) >> 2
-
-
-def _mix_tensor(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (two rounds of multiply and xor-shift) on int64 values below 2^32."""
-    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _LOW
-    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _LOW
-    return x ^ (x >> 16)
 
 
 @dataclass(slots=True)
@@ -103,8 +104,7 @@ class TrainOps:
                 rows = slice(segments.start[i], segments.start[i + 1])
                 mask = None
                 if dropout is not None:
-                    places = self._places(segments)[rows]
-                    mask = partial(dropout.mask, group.sites[0].index, places, group.d_in, x.dtype)
+                    mask = dropout.of(group.sites[0].index, self._places(segments)[rows])
                 parts.append(_Part(rows, pair, parameters.scale, mask))
         if not parts:
             return y
@@ -163,15 +163,12 @@ class _Part:
     rows: slice
     pair: GroupPair
     scale: float
-    make_mask: Callable[[], Tensor] | None  # made again in backward rather than kept
+    mask: DropoutMask | None
 
-    def input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The rows of x that A reads, and the dropout mask on them."""
+    def input(self, x: Tensor) -> Tensor:
+        """The rows of x that A reads, dropout done."""
         rows = x[self.rows]
-        if self.make_mask is None:
-            return rows, None
-        mask = self.make_mask()
-        return rows * mask, mask
+        return rows if self.mask is None else self.mask.times(rows)
 
 
 class _LowRankAdd(torch.autograd.Function):
@@ -184,7 +181,7 @@ class _LowRankAdd(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, parts: list[_Part]) -> Tensor:
         hidden = []
         for part in parts:
-            h = part.input(x)[0] @ part.pair.a.T
+            h = part.input(x) @ part.pair.a.T
             y[part.rows].addmm_(h, part.pair.b, alpha=part.scale)
             hidden.append(h)
         ctx.mark_dirty(y)
@@ -200,17 +197,16 @@ class _LowRankAdd(torch.autograd.Function):
         done = 0
         for part, h in zip(ctx.parts, hidden, strict=True):
             dy_rows, pair = dy[part.rows], part.pair
-            x_rows, mask = part.input(x)
             dh = (dy_rows @ pair.b.T).mul_(part.scale)
             db = h.T @ dy_rows
-            pair.grad_a.add_(dh.T @ x_rows)
+            pair.grad_a.add_(dh.T @ part.input(x))
             for rows, columns, _, grad_b in pair.blocks:
                 grad_b.add_(db[rows, columns], alpha=part.scale)
             if dx is not None:
                 dx[done : part.rows.start].zero_()
-                torch.mm(dh, pair.a, out=dx[part.rows])
-                if mask is not None:
-                    dx[part.rows].mul_(mask)
+                dx_rows = torch.mm(dh, pair.a, out=dx[part.rows])
+                if part.mask is not None:
+                    part.mask.times(dx_rows, out=dx_rows)
                 done = part.rows.stop
         if dx is not None:
             dx[done:].zero_()

@@ -26,6 +26,7 @@ class RowKernels(Protocol):
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
     def silu_mul_backward(self, dout: Tensor, gate_up: Tensor) -> Tensor: ...
+    def dropout(self, x: Tensor, places: Tensor, key: int, rate: float, out: Tensor) -> Tensor: ...
 
 
 class TorchRows:
@@ -54,6 +55,22 @@ class TorchRows:
         gate, up = gate_up.chunk(2, dim=-1)
         activated = F.silu(gate)
         return torch.cat((torch.ops.aten.silu_backward(dout * up, gate), dout * activated), -1)
+
+    def dropout(self, x: Tensor, places: Tensor, key: int, rate: float, out: Tensor) -> Tensor:
+        rows = _hash((places ^ key) & _LOW)
+        columns = _hash(torch.arange(x.shape[1]) + (key >> 32))
+        bits = _hash(rows[:, None] ^ columns[None, :])
+        return torch.mul(x, (bits >= int(rate * 2**32)).to(x.dtype).mul_(1 / (1 - rate)), out=out)
+
+
+_LOW = 2**32 - 1
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (two rounds of multiply and xor-shift) on int64 values below 2^32."""
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _LOW
+    x = ((x ^ (x >> 16)) * 0x45D9F3B) & _LOW
+    return x ^ (x >> 16)
 
 
 def row_kernels(like: Tensor) -> RowKernels:
