@@ -21,6 +21,7 @@ MIN_LENGTH, MAX_LENGTH = 50, 2000
 _FAMILIES: dict[str, tuple[float, Callable[[Writer], str], str]] = {
     "copying": (1.0, records.copying, "key-value look-ups, reordered lists, logs, quotes"),
     "echo": (0.5, echo.echo, "runs of words and strings without sense, said again"),
+    "respelled": (0.5, echo.respelled, "names, words and codes, said again in another notation"),
     "records": (1.0, records.records, "records in one notation, then in another, asked about, changed"),
     "tables": (0.7, records.tables, "CSV, Markdown and JSON-lines tables with questions"),
     "data_to_text": (1.0, facts.data_to_text, "facts in brackets, forms or JSON told in sentences, and back"),

@@ -6,6 +6,7 @@ Induction Heads"): in sensible text, knowing the language explains most of each 
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from lorikeet.data.synthesize.grammar import Writer
@@ -45,3 +46,54 @@ def echo(w: Writer) -> str:
     runs = [_run(w, w.between(2, 9), " ") for _ in range(w.between(3, 8))]
     order = [w.pick(runs) for _ in range(w.between(6, 18))]
     return w.pick(("\n", "; ", " | ")).join(runs + order)
+
+
+_SLOTS = ("given", "person", "company", "town", "city", "product", "date", "clock", "amount", "code", "restaurant")
+
+
+def respelled(w: Writer) -> str:
+    """Lines of names, words and codes, each said again in another notation.
+
+    After a quote or a bracket a word is cut into other tokens than after a space, so copying it across notations has
+    to be learned as spelling.
+    """
+    notation = w.pick(_NOTATIONS)
+    lines = []
+    for _ in range(w.between(3, 10)):
+        values = [_value(w) for _ in range(w.between(1, 5))]
+        plain, other = w.pick((" ", ", ", " and ", " / ", " | ")).join(values), notation(w, values)
+        arrow = w.pick((" -> ", "\n", " = ", ": "))
+        lines.append(f"{plain}{arrow}{other}" if w.chance(0.8) else f"{other}{arrow}{plain}")
+    return "\n".join(lines)
+
+
+def _value(w: Writer) -> str:
+    if w.chance(0.45):
+        return w.slot(w.pick(_SLOTS))
+    words = [_item(w) for _ in range(w.between(1, 3))]
+    text = " ".join(words)
+    return text.title() if w.chance(0.3) else text
+
+
+def _array(w: Writer, values: list[str]) -> str:
+    return json.dumps(values, ensure_ascii=False)
+
+
+def _object(w: Writer, values: list[str]) -> str:
+    keys = [w.pick(_words()).split(" ")[0] for _ in values]
+    return json.dumps(dict(zip(keys, values, strict=True)), ensure_ascii=False)
+
+
+def _quoted(w: Writer, values: list[str]) -> str:
+    return " AND ".join(f"{w.pick(_words())} = '{value}'" for value in values)
+
+
+def _tagged(w: Writer, values: list[str]) -> str:
+    return "".join(f"<{index}>{value}</{index}>" for index, value in enumerate(values, start=1))
+
+
+def _bracketed(w: Writer, values: list[str]) -> str:
+    return "".join(f"[{value}]" for value in w.shuffled(values))
+
+
+_NOTATIONS = (_array, _array, _object, _object, _object, _quoted, _tagged, _bracketed)

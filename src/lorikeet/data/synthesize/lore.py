@@ -127,21 +127,21 @@ def reviews(w: Writer) -> str:
     """Opinions with their polarity, in words, stars, numbers or labels."""
     names = w.pick(
         (
-            ("positive", "negative", "neutral"),
-            ("Positive", "Negative", "Neutral"),
-            ("good", "bad", "mixed"),
-            ("happy", "unhappy", "undecided"),
-            ("5", "1", "3"),
-            ("★★★★★", "★", "★★★"),
-            ("pos", "neg", "neu"),
-            ("thumbs up", "thumbs down", "so-so"),
-            ("POSITIVE", "NEGATIVE", "NEUTRAL"),
-            ("+", "-", "0"),
+            ("positive", "negative", "neutral", "mixed"),
+            ("Positive", "Negative", "Neutral", "Mixed"),
+            ("good", "bad", "so-so", "good and bad"),
+            ("happy", "unhappy", "undecided", "divided"),
+            ("5", "1", "3", "3"),
+            ("★★★★★", "★", "★★★", "★★★"),
+            ("pos", "neg", "neu", "both"),
+            ("thumbs up", "thumbs down", "so-so", "it depends"),
+            ("POSITIVE", "NEGATIVE", "NEUTRAL", "MIXED"),
+            ("+", "-", "0", "+-"),
         )
     )
     pairs = []
     for _ in range(w.between(1, 5)):
-        polarity = w.pick((0, 0, 0, 1, 1, 1, 2))
+        polarity = w.pick((0, 0, 0, 1, 1, 1, 2, 3, 3))
         pairs.append((review(w, polarity), names[polarity]))
     if len(pairs) == 1 and w.chance(0.5):
         text, name = pairs[0]
@@ -170,8 +170,11 @@ def reviews(w: Writer) -> str:
 
 
 def review(w: Writer, polarity: int) -> str:
-    parts = (POSITIVE, NEGATIVE, NEUTRAL)[polarity]
+    """A review for (0), against (1), without opinion (2), or both for and against (3)."""
     subject = w.pick(SUBJECTS)
+    if polarity == 3:
+        return _divided(w, subject)
+    parts = (POSITIVE, NEGATIVE, NEUTRAL)[polarity]
     lines = []
     for template in w.sample(parts[subject] + parts["any"], w.between(1, 3)):
         lines.append(w.sentence(template))
@@ -189,6 +192,15 @@ def review(w: Writer, polarity: int) -> str:
         )
     text = " ".join(lines)
     return text if w.chance(0.8) else informal(w, text.rstrip("."))
+
+
+def _divided(w: Writer, subject: str) -> str:
+    first, second = w.shuffled([POSITIVE, NEGATIVE])
+    said = [w.sentence(w.pick(first[subject])), w.say(w.pick(second[subject])).rstrip(".!")]
+    joint = w.pick((" But ", " However, ", " Still, ", " On the other hand, ", " That said, ", " Then again, "))
+    if w.chance(0.3):
+        return f"{said[0]} {said[1][:1].upper()}{said[1][1:]}."
+    return f"{said[0]}{joint}{said[1]}."
 
 
 def notes(w: Writer) -> str:
