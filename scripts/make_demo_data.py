@@ -177,9 +177,13 @@ class Values:
         short = f"{twelve} {half}" if minute == 0 else f"{twelve}:{minute:02d} {half}"
         return str(self.rng.choice((short, short, f"{hour}:{minute:02d}")))
 
+    def choose(self, template: str) -> str:
+        """The template with one wording in place of each `[a|b]`."""
+        return CHOICE.sub(lambda match: self.rng.choice(match[1].split("|")), template)
+
     def fill(self, template: str, given: dict[str, str] | None = None) -> tuple[str, dict[str, str]]:
         """The template as text, and its slot values; `[a|b]` is one of the two, `a {slot}` may become `an`."""
-        template = CHOICE.sub(lambda match: self.rng.choice(match[1].split("|")), template)
+        template = self.choose(template)
         slots = {name: (given or {}).get(name) or self.draw(name) for name in SLOT.findall(template)}
         while slots.get("product_b", "").split(" ")[-1] == slots.get("product", "-").split(" ")[-1]:
             slots["product_b"] = self.draw("product_b")
@@ -345,23 +349,29 @@ def sentiment_rows(split: str, rng: random.Random) -> list[Row]:
     def make(_: int, name: str) -> Row:
         label, domain = name.split("/")
         section = grammar["domains"][domain]
-        sides = {side: list(enumerate(lines(section[side][split]))) for side in labels[:2]}
+        sides = {
+            side: [
+                (f"{source}/{side}/{split}/{index}", line)
+                for source, block in ((domain, section), ("any", grammar["any"]))
+                for index, line in enumerate(lines(block[side][split]))
+            ]
+            for side in labels[:2]
+        }
         if label == "mixed":
-            order = rng.sample(labels[:2], 2)
-            picked = [(side, *rng.choice(sides[side])) for side in order]
+            picked = [rng.choice(sides[side]) for side in rng.sample(labels[:2], 2)]
             connector = rng.choice(connectors) if rng.random() < 0.7 else ""
-            text = joined(picked[0][2], connector, picked[1][2])
+            text = joined(values.choose(picked[0][1]), connector, values.choose(picked[1][1]))
         else:
-            picked = [(label, *one) for one in rng.sample(sides[label], rng.choice((1, 2, 2, 2, 3)))]
-            text = " ".join(template for _, _, template in picked)
-        names = [f"{domain}/{side}/{split}/{index}" for side, index, _ in picked]
+            picked = rng.sample(sides[label], rng.choice((1, 2, 2, 2, 3)))
+            text = " ".join(template for _, template in picked)
+        names = [name for name, _ in picked]
         if rng.random() < 0.2:
             index = rng.randrange(len(openings))
             text, names = f"{openings[index]} {text}", [f"opening/{split}/{index}", *names]
         text, slots = values.fill(text.replace("{thing}", f"{{{section['thing']}}}"))
         return Row({"text": casual(rng, text, False), "label": label, "template": "+".join(names)}, slots)
 
-    for label, count in zip(labels, quota(TEST_ROWS if split == "test" else 810, 3), strict=True):
+    for label, count in zip(labels, quota(TEST_ROWS if split == "test" else 1500, 3), strict=True):
         rows += collect(count, [f"{label}/{domain}" for domain in grammar["domains"]], make, "text", seen)
     return rows
 
