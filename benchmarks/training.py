@@ -24,8 +24,8 @@ from lorikeet.model.sources import find_model
 from lorikeet.model.weights import load
 from lorikeet.train.adapter_run import AdapterRun
 from lorikeet.train.dataset import Example
+from lorikeet.train.heap import keep_freed_memory
 from lorikeet.train.joint import JointTrainer
-from lorikeet.train.trainer import keep_freed_memory
 
 ROWS, RANK, BAR = 32, 16, 2.5
 

@@ -37,6 +37,7 @@ from lorikeet.train.corpus import (
     tokenizer_texts,
     within,
 )
+from lorikeet.train.heap import keep_freed_memory
 from lorikeet.train.optim import AdamW, Muon, TrapezoidalSchedule, global_norm
 from lorikeet.train.pretrain_export import RunFacts, export_model
 from lorikeet.train.pretrain_ops import EMBED, PretrainOps, WorkingCopy, causal_batch, causal_loss, initial_masters
@@ -69,6 +70,7 @@ def run_pretrain(
     console = console or Console()
     recipe = load_recipe(recipe_path)
     torch.set_num_threads(recipe.threads)
+    keep_freed_memory()
     state = recipe.state_folder()
     exists = (state / CHECKPOINT).exists()
     if exists and not (resume or export):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import signal
 import threading
@@ -30,6 +29,7 @@ from lorikeet.train import checkpoint
 from lorikeet.train.adapter_run import AdapterRun
 from lorikeet.train.audit import AdapterData, prepare, print_report, require_clean
 from lorikeet.train.dataset import digest
+from lorikeet.train.heap import keep_freed_memory
 from lorikeet.train.joint import JointTrainer
 from lorikeet.train.progress import Bars, MetricsFile
 from lorikeet.types import BaseIdentity
@@ -275,18 +275,3 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep large freed blocks: a step frees and takes the same activations again.
-
-    Otherwise each goes back to the kernel and is mapped and zeroed page by page on the next step, which costs more
-    than computing it. Does nothing where the C library is another.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**31 - 1)
