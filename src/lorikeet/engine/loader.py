@@ -1,7 +1,7 @@
 """Adapters are validated and compiled in a process of their own, niced and single-threaded, so that no step waits.
 
-`Loader` is the engine's handle on it: jobs go one at a time, so a crash fails exactly the job that was running, and
-the process is started again for the next one.
+`Loader` is the engine's handle on it: jobs go one at a time, so a crash, or a job that does not end, fails exactly the
+job that was running, and the process is started again for the next one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import IO
@@ -33,13 +34,22 @@ from lorikeet.types import ErrorInfo
 log = logging.getLogger("lorikeet.loader")
 
 NICENESS = 10
+JOB_SECONDS = 120.0  # a large adapter from a slow disk takes a few; a file that makes its reader hang must not stop all
 
 
 class Loader:
     """The engine process's end. `files` are to be polled for reading; then `poll()` yields what was finished."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, command: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        folder: Path,
+        command: list[str] | None = None,
+        job_seconds: float = JOB_SECONDS,
+    ) -> None:
         self._context = context
+        self._job_seconds = job_seconds
+        self._began = 0.0  # of the running job
         self._folder = folder
         self._command = command or child_command("lorikeet.engine.loader")
         self._settings: LoaderSettings | None = None
@@ -87,16 +97,20 @@ class Loader:
             done.append(decode_from_loader(self.socket.recv()))
             self._running = None
         if self._process.poll() is not None:
-            done += self._restart()
+            done += self._restart("died")
+        elif self._running is not None and time.monotonic() > self._began + self._job_seconds:
+            self._process.kill()
+            self._process.wait()
+            done += self._restart(f"was stopped after {self._job_seconds:g} s")
         self._send_next()
         return done
 
-    def _restart(self) -> list[Resolved]:
-        log.error("the loader process ended with exit code %s; starting another", self._process.returncode)
+    def _restart(self, what: str) -> list[Resolved]:
+        log.error("the loader process %s, exit code %s; starting another", what, self._process.returncode)
         lost = []
         if self._running is not None:
             error = UnavailableError(
-                f"the loader process died while it read {self._running.folder}",
+                f"the loader process {what} while it read {self._running.folder}",
                 hint="try again; if it happens again, look at the server's log and at that folder",
                 retry_after=1.0,
             )
@@ -112,7 +126,7 @@ class Loader:
         if not self._told:
             self._told = self._try_send(encode(StartLoader(self._settings)))
         if self._told and self._running is None and self._waiting and self._try_send(encode(self._waiting[0])):
-            self._running = self._waiting.popleft()
+            self._running, self._began = self._waiting.popleft(), time.monotonic()
 
     def _try_send(self, data: bytes) -> bool:
         """False while the process has not connected yet; the next `poll` tries again."""
