@@ -243,7 +243,7 @@ def casual(rng: random.Random, text: str, extras: bool, names: tuple[str, ...] =
 def intent_rows(split: str, rng: random.Random) -> list[Row]:
     values, seen, rows = Values(split, rng), set[str](), []
     grammar = load("intent")
-    counts = quota(TEST_ROWS if split == "test" else 32 * len(grammar), len(grammar))
+    counts = quota(TEST_ROWS if split == "test" else 44 * len(grammar), len(grammar))
     for count, (label, section) in zip(counts, grammar.items(), strict=True):
 
         def make(index: int, template: str, label: str = label) -> Row:
