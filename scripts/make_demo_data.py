@@ -280,7 +280,7 @@ def calls_rows(split: str, rng: random.Random) -> list[Row]:
     values, seen, rows = Values(split, rng), set[str](), []
     slot_of = {"to": "person", "text": "said", "title": "title_of_event"}
     grammar = load("calls")
-    counts = quota(TEST_ROWS if split == "test" else 100 * len(grammar), len(grammar))
+    counts = quota(TEST_ROWS if split == "test" else 110 * len(grammar), len(grammar))
     for count, (function, section) in zip(counts, grammar.items(), strict=True):
 
         def make(index: int, template: str, function: str = function, section: Any = section) -> Row:
@@ -402,7 +402,7 @@ def sql_rows(split: str, rng: random.Random) -> list[Row]:
     values, seen, rows = Values(split, rng), set[str](), []
     grammar = load("sql")
     tables = [Table.parse(line) for line in lines(grammar["tables"][split])]
-    counts = quota(TEST_ROWS if split == "test" else 70 * len(grammar["patterns"]), len(grammar["patterns"]))
+    counts = quota(TEST_ROWS if split == "test" else 80 * len(grammar["patterns"]), len(grammar["patterns"]))
     for count, (pattern, section) in zip(counts, grammar["patterns"].items(), strict=True):
 
         def make(index: int, template: str, pattern: str = pattern, section: Any = section) -> Row:

@@ -26,7 +26,7 @@ from lorikeet.template import Template
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "src" / "lorikeet" / "data" / "demo"
 TASKS = ("intent", "entities", "calls", "describe", "sentiment", "sql")
-TRAIN_ROWS = {"intent": 1100, "entities": 1100, "calls": 800, "describe": 800, "sentiment": 1500, "sql": 840}
+TRAIN_ROWS = {"intent": 1100, "entities": 1100, "calls": 880, "describe": 800, "sentiment": 1500, "sql": 960}
 INPUTS = {"describe": ("facts",), "sql": ("schema", "question")}
 Rows = list[dict[str, Any]]
 
