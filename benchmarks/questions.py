@@ -1,0 +1,163 @@
+"""Questions beside the table of cases: each starts what it needs, measures in interleaved repeats and returns JSON."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import cycle, islice
+
+import numpy as np
+from load import Ask, Clients, Json, compare, make_clients, median
+from ours import OfflineSide, ServerSide, Setup
+from roofline import Meter, rank_size
+from worker import progress
+
+RANKS = (8, 16, 24, 32, 48, 64, 96, 128)  # 52 on average
+STREAMS, ARRIVALS, LONG_PROMPT = 8, 8, 512
+
+
+def prompts(setup: Setup, count: int, length: int, draw: np.random.Generator) -> list[list[int]]:
+    return [asks[0].prompt for asks in make_clients("base", count, 1, 1, length, setup.fixture.spec.vocab_size, draw)]
+
+
+def wave(setup: Setup, adapters: list[int], options: Namespace, draw: np.random.Generator) -> Clients:
+    """One request for each of `adapters`."""
+    texts = prompts(setup, len(adapters), options.prompt, draw)
+    return [[Ask(text, adapter)] for text, adapter in zip(texts, adapters, strict=True)]
+
+
+def repeats(options: Namespace, question: str) -> Iterator[int]:
+    for repeat in range(options.repeats):
+        progress(f"{question}: repeat {repeat + 1} of {options.repeats}")
+        yield repeat
+
+
+def distinct(setup: Setup, options: Namespace) -> Json:
+    """Does a step's time grow with the number of distinct adapters by more than 1.5x the time of reading them?"""
+    rows = max(options.batch)
+    counts = [2**i for i in range(int(math.log2(min(rows, len(setup.adapters)))) + 1)]
+    meter, draw = Meter(setup.fixture.spec, setup.dtype, [rows]), np.random.default_rng(1)
+    side = OfflineSide(setup)
+    steps: dict[int, list[float]] = {count: [] for count in counts}
+    added, floor = [], []
+    try:
+        side.run(wave(setup, list(range(counts[-1])), options, draw), 2)
+        for repeat in repeats(options, "distinct"):
+            bandwidth = meter.measure().bandwidth
+            for i in range(len(counts)):
+                count = counts[(i + repeat) % len(counts)]
+                clients = wave(setup, [row % count for row in range(rows)], options, draw)
+                steps[count].append(side.run(clients, options.new)["itl_p50"])
+            one = options.rank * rank_size(setup.fixture.spec) * setup.dtype.itemsize
+            added.append(steps[counts[-1]][-1] - steps[1][-1])
+            floor.append((counts[-1] - 1) * one / bandwidth)
+    finally:
+        side.close()
+    return {
+        "clients": rows,
+        "step_seconds": {count: median(values) for count, values in steps.items()},
+        "increment_seconds": median(added),
+        "read_seconds": median(floor),
+        "ratios": [compare("increment / reading the adapters", added, floor, 1.5, at_most=True, clients=rows)],
+    }
+
+
+def mixed_ranks(setup: Setup, options: Namespace) -> Json:
+    """Do adapters of ranks 8 to 128 cost as much as equal ones with the same sum of ranks?"""
+    rows = [clients // len(RANKS) * len(RANKS) for clients in options.batch if clients >= len(RANKS)]
+    if not rows:
+        raise SystemExit(f"--question mixed-ranks: found --batch {options.batch}; expected one of {len(RANKS)} or more")
+    mixed = setup.fixture.adapters(list(islice(cycle(RANKS), max(rows))))
+    equal = setup.fixture.adapters([sum(RANKS) // len(RANKS)] * max(rows))
+    both = replace(setup, adapters=[*mixed, *equal])
+    draw = np.random.default_rng(2)
+    side = OfflineSide(both)
+    samples: dict[tuple[str, int], list[Json]] = {(kind, n): [] for n in rows for kind in ("mixed", "equal")}
+    try:
+        for start in range(0, len(both.adapters), max(rows)):
+            side.run(wave(both, list(range(start, start + max(rows))), options, draw), 2)
+        for repeat in repeats(options, "mixed-ranks"):
+            for kind, n in list(samples)[:: 1 if repeat % 2 else -1]:
+                start = 0 if kind == "mixed" else max(rows)
+                clients = wave(both, list(range(start, start + n)), options, draw)
+                samples[kind, n].append(side.run(clients, options.new))
+    finally:
+        side.close()
+
+    def values(kind: str, n: int, metric: str) -> list[float]:
+        return [sample[metric] for sample in samples[kind, n]]
+
+    return {
+        "ranks": RANKS,
+        "step_seconds": {f"{kind} x{n}": median(values(kind, n, "itl_p50")) for kind, n in samples},
+        "ratios": [
+            compare(f"mixed / equal ranks, {metric}", values("mixed", n, metric), values("equal", n, metric), 1.1,
+                    at_most=True, clients=n)
+            for n in rows
+            for metric in ("itl_p50", "seconds")
+        ],
+    }  # fmt: skip
+
+
+def interference(setup: Setup, options: Namespace) -> Json:
+    """How much longer is the p99 gap of running streams while 8 new prompts of 512 tokens come in?"""
+    side, draw = ServerSide(setup), np.random.default_rng(3)
+    quiet, disturbed, first = [], [], []
+    try:
+        side.run(make_clients("base", STREAMS, 1, 1, options.prompt, setup.fixture.spec.vocab_size, draw), 2)
+        for _ in repeats(options, "interference"):
+            streams = [(one, {}) for one in prompts(setup, STREAMS, options.prompt, draw)]
+            arrivals = [(one, {}) for one in prompts(setup, ARRIVALS, LONG_PROMPT, draw)]
+            sample = side.clients.ask("interfere", streams=streams, arrivals=arrivals, quiet=options.new)
+            quiet.append(float(np.percentile(sample["quiet"], 99)))
+            disturbed.append(float(np.percentile(sample["disturbed"] or sample["quiet"], 99)))
+            first.append(max(sample["arrival_ttft"]))
+    finally:
+        side.close()
+    return {
+        "streams": STREAMS, "arrivals": ARRIVALS, "arrival_tokens": LONG_PROMPT,
+        "quiet_p99": median(quiet), "disturbed_p99": median(disturbed), "last_first_token": median(first),
+        "ratios": [compare("p99 gap, disturbed / quiet", disturbed, quiet, 1.5, at_most=True, clients=STREAMS)],
+    }  # fmt: skip
+
+
+def memory(setup: Setup, options: Namespace) -> Json:
+    """Are weights, cache and adapters in memory once? One measurement: it hardly varies.
+
+    The cache is sized so that one round fills it; `libraries` is the process before it loads the model.
+    """
+    rows, draw = max(options.batch), np.random.default_rng(4)
+    tokens = max(rows * (options.prompt + options.new + 16), 1024)
+    tight = replace(setup, settings={**setup.settings, "kv_memory": tokens * setup.token_bytes})
+    progress("memory")
+    side = OfflineSide(tight)
+    try:
+        side.run(make_clients("base", rows, 1, 1, options.prompt, setup.fixture.spec.vocab_size, draw), options.new)
+        base = side.memory()
+        for start in range(0, len(setup.adapters), rows):
+            some = list(range(start, min(start + rows, len(setup.adapters))))
+            side.run(wave(tight, some, options, draw), options.new)
+        adapted = side.memory()
+    finally:
+        side.close()
+    weights = sum(path.stat().st_size for path in setup.fixture.base.glob("*.safetensors")) * setup.dtype.itemsize // 2
+    kv, adapters = side.started["kv_bytes"], sum(setup.adapter_bytes())
+    libraries = side.started["libraries"]["rss"]
+    return {
+        "weights": weights, "kv": kv, "adapters": adapters, "libraries": libraries,
+        "loaded": side.started["loaded"], "base": base, "adapted": adapted,
+        "rss_over_parts": adapted["rss"] / (weights + kv + adapters),
+        "rss_without_libraries_over_parts": (adapted["rss"] - libraries) / (weights + kv + adapters),
+        "adapters_over_their_bytes": (adapted["rss"] - base["rss"]) / adapters,
+        "bar": 1.25,
+    }  # fmt: skip
+
+
+QUESTIONS: dict[str, Callable[[Setup, Namespace], Json]] = {
+    "distinct": distinct,
+    "mixed-ranks": mixed_ranks,
+    "interference": interference,
+    "memory": memory,
+}

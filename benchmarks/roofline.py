@@ -1,0 +1,103 @@
+"""What this machine could do: its read bandwidth and its rate of matrix products, and the work of a step in both.
+
+A step cannot be faster than its bytes at the bandwidth, nor than its operations at the rate that the vendor library
+reaches with that many rows. `peak` is the rate at 512 rows, which few rows do not reach on any known kernel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorikeet.kernels.weight import DenseWeight, PackedWeight
+from lorikeet.model.spec import ModelSpec
+
+PEAK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes read and floating point operations."""
+
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`bandwidth` in bytes a second; `rates` in operations a second by the rows of a product."""
+
+    bandwidth: float
+    rates: dict[int, float]
+
+    def seconds(self, work: Work, rows: int) -> float:
+        """At least, with the rate measured at the nearest number of rows from above (the peak beyond them)."""
+        nearest = min((known for known in self.rates if known >= rows), default=max(self.rates))
+        return max(work.bytes / self.bandwidth, work.operations / self.rates[nearest])
+
+
+class Meter:
+    """Measures the machine again whenever it is asked to, with the product of `spec` that is largest."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, rows: Sequence[int], stream_bytes: int = 1 << 28) -> None:
+        self._stream = torch.ones(stream_bytes // 4)
+        matrix = torch.randn(2 * spec.intermediate_size, spec.hidden_size).to(dtype)
+        kind = PackedWeight if PackedWeight.available(matrix) else DenseWeight
+        self._weight = kind(matrix)
+        self._inputs = {n: torch.randn(n, spec.hidden_size).to(dtype) for n in sorted({*rows, PEAK_ROWS})}
+
+    @torch.inference_mode()
+    def measure(self) -> Machine:
+        """The best of some milliseconds of each."""
+        d_out, d_in = self._weight.shape
+        reading = _best(lambda: self._stream.sum())
+        rates = {n: 2 * n * d_out * d_in / _best(lambda x=x: self._weight.linear(x)) for n, x in self._inputs.items()}
+        return Machine(4 * self._stream.numel() / reading, rates)
+
+
+def _best(function: Callable[[], object], seconds: float = 0.03, calls: int = 4) -> float:
+    function()
+    times: list[float] = []
+    while len(times) < calls or sum(times) < seconds:
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def linear_size(spec: ModelSpec) -> int:
+    """Parameters of the linear layers, the head left out."""
+    return sum(site.d_in * site.d_out for site in spec.sites if site.layer is not None)
+
+
+def rank_size(spec: ModelSpec) -> int:
+    """Parameters that each rank of an adapter on all linear layers has."""
+    return sum(site.d_in + site.d_out for site in spec.sites if site.layer is not None)
+
+
+def decode_work(spec: ModelSpec, itemsize: int, rows: int, context: int, distinct: int, adapted: int,
+                rank: int) -> Work:  # fmt: skip
+    """One step of `rows` sequences of `context` tokens, `adapted` of them on `distinct` adapters of `rank`."""
+    weights = linear_size(spec) + spec.vocab_size * spec.hidden_size
+    cache = 2 * rows * context * spec.num_layers * spec.kv_size
+    low_rank = rank * rank_size(spec)
+    attention = 4 * rows * context * spec.num_layers * spec.q_size
+    return Work(
+        itemsize * (weights + cache + distinct * low_rank),
+        2 * (rows * weights + adapted * low_rank) + attention,
+    )
+
+
+def prefill_work(spec: ModelSpec, itemsize: int, rows: int, prompt: int, distinct: int, adapted: int,
+                 rank: int) -> Work:  # fmt: skip
+    """The prompts of `rows` sequences, and the logits of the last token of each."""
+    head = spec.vocab_size * spec.hidden_size
+    low_rank = rank * rank_size(spec)
+    attention = 4 * rows * prompt * (prompt + 1) / 2 * spec.num_layers * spec.q_size
+    return Work(
+        itemsize * (linear_size(spec) + head + distinct * low_rank),
+        2 * (rows * prompt * linear_size(spec) + rows * head + adapted * prompt * low_rank) + attention,
+    )
