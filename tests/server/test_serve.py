@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -72,6 +73,26 @@ def test_a_port_in_use_is_said_at_once() -> None:
         with pytest.raises(ConfigError, match="cannot listen on 127.0.0.1") as error:
             listen("127.0.0.1", taken.getsockname()[1])
     assert error.value.param == "port"
+
+
+def test_replies_do_not_wait_for_the_clients_ack() -> None:
+    async def accepted_option() -> int:
+        found = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = listen("127.0.0.1", 0)
+        async with await asyncio.start_server(accept, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            option = await found
+            writer.close()
+            await writer.wait_closed()
+        return int(option)
+
+    assert asyncio.run(accepted_option())
 
 
 def test_names_of_bases(tmp_path: Path) -> None:
