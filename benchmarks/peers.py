@@ -157,6 +157,7 @@ class Peft:
         self._load(folder)
         self._wave(([prompt, Path(folder).name],), 1)
         seconds = time.perf_counter() - began
+        self.model.set_adapter(next(iter(self.model.peft_config)))  # the active one is not to be deleted
         self.model.delete_adapter(Path(folder).name)
         return {"seconds": seconds}
 
