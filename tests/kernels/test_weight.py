@@ -1,4 +1,4 @@
-"""Packed weights against plain ones."""
+"""Packed weights against plain ones, and against products in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorikeet.kernels.weight import DenseWeight, PackedWeight, pack
+from lorikeet.kernels import precision
+from lorikeet.kernels.weight import DenseWeight, PackedWeight, PanelWeight, pack
+
+needs_bf16 = pytest.mark.skipif(not precision.native_bf16_products(), reason="the processor has no AVX512-BF16")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,6 +29,45 @@ def test_packed_equals_plain(dtype: torch.dtype, with_bias: bool, shape: tuple[i
         found, wanted = packed.linear(x), plain.linear(x)
         assert found.dtype == dtype
         assert torch.allclose(found.float(), wanted.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@needs_bf16
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 32), (96, 34), (32, 2), (160, 896)])
+def test_panels(with_bias: bool, shape: tuple[int, int]) -> None:
+    """Every number of rows up to a few tiles, rows that do not lie side by side, both output types."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(*shape, generator=generator).bfloat16()
+    bias = torch.randn(shape[0], generator=generator).bfloat16() if with_bias else None
+    panels = PanelWeight(weight, bias)
+    assert panels.shape == shape and panels.bias is bias
+    assert torch.equal(panels.dequantised(), weight)
+    assert torch.allclose(panels.row_norms(), DenseWeight(weight).row_norms())
+    for rows in (*range(1, 28), 70):
+        x = torch.randn(rows, shape[1] + 6, generator=generator).bfloat16()[:, 6:]
+        wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        exact, rounded = panels.linear(x, torch.float32), panels.linear(x)
+        assert (exact.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        assert torch.equal(rounded, exact.bfloat16())
+
+
+@needs_bf16
+def test_panels_keep_not_a_number_in_its_row() -> None:
+    panels, x = PanelWeight(torch.randn(64, 32).bfloat16()), torch.randn(14, 32).bfloat16()
+    x[3, 5], x[13, 0] = float("nan"), float("inf")
+    found = panels.linear(x)
+    assert found[3].isnan().all() and not found[13].isfinite().any()
+    assert found[[row for row in range(14) if row not in (3, 13)]].isfinite().all()
+    with pytest.raises(ValueError, match="bfloat16 rows"):
+        panels.linear(x.float())
+
+
+def test_pack_chooses_by_dtype_and_shape() -> None:
+    wide = torch.randn(64, 32)
+    assert isinstance(pack(wide), PackedWeight)
+    if precision.native_bf16_products():
+        assert isinstance(pack(wide.bfloat16()), PanelWeight)
+        assert not isinstance(pack(wide[:63].bfloat16()), PanelWeight)
 
 
 def test_pack_keeps_one_copy() -> None:

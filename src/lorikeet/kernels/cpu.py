@@ -8,9 +8,10 @@ from torch import Tensor
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.cpu_attention import BatchArguments, attention
 from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray, lowrank_add
+from lorikeet.kernels.cpu_products import warm as warm_products
 from lorikeet.kernels.cpu_rows import add_rms_norm, logits, rms_norm_heads, rope, silu_mul
 from lorikeet.kernels.reference import ReferenceOps
-from lorikeet.kernels.weight import DenseWeight, Weight
+from lorikeet.kernels.weight import DenseWeight, PanelWeight, Weight
 from lorikeet.types import Site, SiteGroup
 
 
@@ -25,6 +26,7 @@ class CpuOps(ReferenceOps):
     def warm(self, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
         """Run every kernel once for activations in `dtype` and a slab in `adapter_dtype`, so that it is compiled, or
         loaded from the cache of compiled kernels, before the first request. Raises TypeError for other dtypes."""
+        warm_products()
         x, angles, weight = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), torch.zeros(1, dtype=dtype)
         heads = torch.zeros(1, 1, 2, dtype=dtype)
         self.add_rms_norm(x, x, weight, 1e-5)
@@ -41,7 +43,9 @@ class CpuOps(ReferenceOps):
         self.attention(heads, heads, heads, Batch(slot, slot, start, one, 1, 1, zero, slot), cache, None)
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
-        """A plain head is read as it lies. A packed fp32 product is unrounded already; packed bf16 is unpacked."""
+        """A plain head is read as it lies. A packed fp32 product is unrounded already; oneDNN's bf16 is unpacked."""
+        if isinstance(weight, PanelWeight):
+            return weight.linear(x, torch.float32)
         if isinstance(weight, DenseWeight) or x.dtype == torch.bfloat16:
             return logits(weight.dequantised(), x)
         return weight.linear(x)

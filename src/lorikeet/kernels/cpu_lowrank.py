@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Segments, Slab
+from lorikeet.kernels.cpu_products import AVAILABLE, STEP, dot_columns
 from lorikeet.kernels.cpu_runtime import (
     SERIAL,
     at,
@@ -38,6 +39,9 @@ def shrink_entry(e, begin, end, rows, x, ldx, d_in, u, act, slab):
     """Rank rows [begin, end) of one entry, for all its batch rows."""
     row_of = at(rows + 8 * e[0], I0)
     n, a, stride = e[1], e[3], e[4]
+    if size(act) == 2 and size(slab) == 2 and d_in % STEP == 0 and AVAILABLE:
+        dot_columns(begin, end, n, x, ldx, rows + 8 * e[0], a, stride, d_in // STEP, u + 4 * e[7], I0 + 4, 4 * n)
+        return
     rank_row = begin
     while rank_row < end:
         a_row = a + rank_row * stride

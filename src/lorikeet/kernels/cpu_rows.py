@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorikeet.kernels.cpu_products import AVAILABLE, STEP, dot_linear
 from lorikeet.kernels.cpu_runtime import (
     at,
     device_function,
@@ -211,6 +212,8 @@ def logits(weight: Tensor, x: Tensor) -> Tensor:
     """x [L, hidden] times a plain head [vocabulary, hidden] of the same dtype: float32 [L, vocabulary], unrounded."""
     check_rows("logits", weight, x)
     (rows, d), columns, width = x.shape, weight.shape[0], x.element_size()
+    if AVAILABLE and x.dtype == torch.bfloat16 and d % STEP == 0:
+        return dot_linear(x, weight)
     out = torch.empty(rows, columns, dtype=torch.float32)
     logits_kernel(
         weight.data_ptr(), weight.stride(0) * width, x.data_ptr(), x.stride(0) * width, rows, d, out.data_ptr(),

@@ -28,6 +28,8 @@ from llvmlite import ir
 from numba import extending, types
 from numba.core import cgutils
 
+from lorikeet.kernels.precision import native_bf16_products
+
 config: Any = numba.config  # its settings are made at run time
 # For the case that somebody imported numba before us and it has already read the environment.
 config.THREADING_LAYER = os.environ["NUMBA_THREADING_LAYER"]
@@ -90,7 +92,7 @@ def cache_folder() -> Path:
     Numba notices a change in a kernel's own file, not in the functions that it calls from other files.
     """
     default = Path(os.environ.get("LORIKEET_CACHE", "~/.cache/lorikeet")).expanduser() / "numba"
-    digest = hashlib.sha256(f"{numba.__version__} {PARALLEL}".encode())
+    digest = hashlib.sha256(f"{numba.__version__} {PARALLEL} {native_bf16_products()}".encode())
     for source in sorted(Path(__file__).parent.glob("cpu_*.py")):
         digest.update(source.read_bytes())
     return Path(os.environ.get("NUMBA_CACHE_DIR", default)) / digest.hexdigest()[:16]
@@ -119,6 +121,11 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def intrinsic(function: Callable[..., Any]) -> Any:
     return extending.intrinsic(function)
+
+
+def literal_intrinsic(function: Callable[..., Any]) -> Any:
+    """An intrinsic that is told the values of constant integers among its arguments."""
+    return extending.intrinsic(prefer_literal=True)(function)
 
 
 @device_function

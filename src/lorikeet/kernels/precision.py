@@ -20,6 +20,11 @@ def choose_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if _NATIVE_BF16 & _cpu_flags() else torch.float32
 
 
+def native_bf16_products() -> bool:
+    """Whether the processor has AVX512-BF16, which our own bf16 products are written in."""
+    return {"avx512_bf16", "avx512f", "avx512bw"} <= _cpu_flags()
+
+
 def _cpu_flags() -> set[str]:
     try:
         text = Path("/proc/cpuinfo").read_text()

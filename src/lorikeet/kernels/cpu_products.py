@@ -1,0 +1,280 @@
+"""Products of bf16 rows with the processor's own instruction (AVX512-BF16), summed in float32 registers.
+
+`vdpbf16ps` adds 16 dot products of two bf16 numbers each to 16 float32 sums. Two tiles are made of it: one for
+weights in *panels*, where a register holds 16 outputs of the layer for two neighbouring inputs and x is broadcast; one
+for weights as they lie (a head tied to the embedding, A of an adapter), where a register holds 32 neighbouring inputs
+and sums are added up at the end. One layout serves every number of rows: a single row reads it at the speed of memory,
+hundreds of rows multiply at the processor's rate.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from torch import Tensor
+
+from lorikeet.kernels.cpu_runtime import (
+    device_function,
+    hold,
+    kernel,
+    literal_intrinsic,
+    share_threads,
+    tag_of,
+    use_threads,
+)
+from lorikeet.kernels.precision import native_bf16_products
+
+AVAILABLE = native_bf16_products()
+if AVAILABLE:
+    llvmlite.binding.initialize_native_asmparser()
+
+LANES = 16  # float32 of a register
+WIDE = 2  # registers of outputs in a panel: 32 outputs
+PANEL = LANES * WIDE
+STEP = 2 * LANES  # bf16 numbers of a register
+I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+SUMS, PAIRS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+ZERO = ir.Constant(SUMS, [0.0] * LANES)
+
+
+def products(function):
+    """A device function made of the tiles; an empty one where the processor has no such instruction."""
+    return device_function(function if AVAILABLE else lambda *arguments: None)
+
+
+def _add_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    """sums[i] + a[2i] b[2i] + a[2i + 1] b[2i + 1]"""
+    kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
+    return builder.call(ir.InlineAsm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v"), [sums, a, b])
+
+
+def _rounded(builder: Any, sums: Any) -> Any:
+    """float32 to bf16, to nearest even; NaN stays NaN."""
+    return builder.call(ir.InlineAsm(ir.FunctionType(HALVES, [SUMS]), "vcvtneps2bf16 $1, $0", "=v,v"), [sums])
+
+
+def _plus(builder: Any, address: Any, offset: int) -> Any:
+    return builder.add(address, ir.Constant(I64, offset)) if offset else address
+
+
+def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def _store(builder: Any, value: Any, address: Any, align: int) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
+
+
+def _broadcast(builder: Any, scalar: Any) -> Any:
+    empty = ir.Constant(PAIRS, ir.Undefined)
+    first = builder.insert_element(empty, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(PAIRS, [0] * LANES))
+
+
+def _sum_over(builder: Any, steps: Any, initial: list[Any], body: Any) -> list[Any]:
+    """The sums after `steps` (at least one) turns of a loop: body(step, sums) gives the next ones."""
+    entry, loop, done = builder.block, builder.append_basic_block("step"), builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(I64)
+    step.add_incoming(ir.Constant(I64, 0), entry)
+    sums = [builder.phi(SUMS) for _ in initial]
+    for phi, start in zip(sums, initial, strict=True):
+        phi.add_incoming(start, entry)
+    following: list[Any] = body(step, sums)
+    next_step = builder.add(step, ir.Constant(I64, 1))
+    step.add_incoming(next_step, loop)
+    for phi, value in zip(sums, following, strict=True):
+        phi.add_incoming(value, loop)
+    builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, done)
+    builder.position_at_end(done)
+    return following
+
+
+@literal_intrinsic
+def panel_tile(typing_context, x, ldx, panel, pairs, bias, out, ldo, rows, tag):
+    """out[rows, PANEL] = x[rows, 2 pairs] . panel [pairs, PANEL, 2] + bias [PANEL] (float32).
+
+    Addresses and strides in bytes; `rows` is a literal; out is of the tag's type.
+    """
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    count = rows.literal_value
+    halves = types.unliteral(tag) == types.uint16
+
+    def generate(context, builder, signature, arguments):
+        x, ldx, panel, pairs, bias, out, ldo = arguments[:7]
+        row_at = [builder.add(x, builder.mul(ldx, ir.Constant(I64, row))) for row in range(count)]
+        start = [_load(builder, _plus(builder, bias, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
+
+        def body(step, sums):
+            place = builder.add(panel, builder.mul(step, ir.Constant(I64, 4 * PANEL)))
+            weights = [_load(builder, _plus(builder, place, 4 * LANES * v), PAIRS, 4) for v in range(WIDE)]
+            inputs = [builder.add(at_row, builder.mul(step, ir.Constant(I64, 4))) for at_row in row_at]
+            result = []
+            for row, address in enumerate(inputs):
+                pair = _broadcast(builder, _load(builder, address, I32, 2))
+                for v in range(WIDE):
+                    result.append(_add_products(builder, sums[row * WIDE + v], weights[v], pair))
+            return result
+
+        sums = _sum_over(builder, pairs, start * count, body)
+        for row in range(count):
+            target = builder.add(out, builder.mul(ldo, ir.Constant(I64, row)))
+            for v in range(WIDE):
+                total = sums[row * WIDE + v]
+                if halves:
+                    _store(builder, _rounded(builder, total), _plus(builder, target, 2 * LANES * v), 2)
+                else:
+                    _store(builder, total, _plus(builder, target, 4 * LANES * v), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7, rows, tag), generate
+
+
+@literal_intrinsic
+def dot_tile(typing_context, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld_column, rows, columns):
+    """out[row, column] (float32) = x[row_of[row]] . weight[column] over 32 steps numbers.
+
+    Addresses and strides in bytes, `row_of` of int64; `rows` and `columns` are literals.
+    """
+    if not isinstance(rows, types.IntegerLiteral) or not isinstance(columns, types.IntegerLiteral):
+        return None
+    n, m = rows.literal_value, columns.literal_value
+
+    def generate(context, builder, signature, arguments):
+        x, ldx, row_of, weight, ldw, steps, out, ld_row, ld_column = arguments[:9]
+        numbers = [_load(builder, _plus(builder, row_of, 8 * row), I64, 8) for row in range(n)]
+        row_at = [builder.add(x, builder.mul(ldx, number)) for number in numbers]
+        column_at = [builder.add(weight, builder.mul(ldw, ir.Constant(I64, c))) for c in range(m)]
+
+        def body(step, sums):
+            offset = builder.mul(step, ir.Constant(I64, 64))
+            weights = [_load(builder, builder.add(place, offset), PAIRS, 2) for place in column_at]
+            result = []
+            for row, place in enumerate(row_at):
+                pairs = _load(builder, builder.add(place, offset), PAIRS, 2)
+                result += [_add_products(builder, sums[row * m + c], weights[c], pairs) for c in range(m)]
+            return result
+
+        sums = _sum_over(builder, steps, [ZERO] * (n * m), body)
+        kind = ir.FunctionType(F32, (F32, SUMS))
+        total = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+        for row in range(n):
+            target = builder.add(out, builder.mul(ld_row, ir.Constant(I64, row)))
+            for c in range(m):
+                value = builder.call(total, (ir.Constant(F32, -0.0), sums[row * m + c]), fastmath=("reassoc",))
+                _store(builder, value, builder.add(target, builder.mul(ld_column, ir.Constant(I64, c))), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9, rows, columns), generate
+
+
+@products
+def panel_rows(rows, x, ldx, panel, pairs, bias, out, ldo, tag):
+    """All rows of x against one panel."""
+    while rows >= 12:
+        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 12, tag)
+        x, out, rows = x + 12 * ldx, out + 12 * ldo, rows - 12
+    if rows >= 8:
+        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 8, tag)
+        x, out, rows = x + 8 * ldx, out + 8 * ldo, rows - 8
+    if rows >= 4:
+        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 4, tag)
+        x, out, rows = x + 4 * ldx, out + 4 * ldo, rows - 4
+    if rows >= 2:
+        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 2, tag)
+        x, out, rows = x + 2 * ldx, out + 2 * ldo, rows - 2
+    if rows == 1:
+        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 1, tag)
+
+
+@kernel
+def panel_kernel(rows, x, ldx, weight, pairs, panels, bias, out, ldo, width, parts, tag):
+    use_threads(parts)
+    for part in numba.prange(parts):
+        for panel in range(panels * part // parts, panels * (part + 1) // parts):
+            place = weight + panel * pairs * 4 * PANEL
+            panel_rows(rows, x, ldx, place, pairs, bias + panel * 4 * PANEL, out + panel * PANEL * width, ldo, tag)
+
+
+@products
+def dot_columns(begin, end, rows, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld_column):
+    """out[:, begin:end] = x[row_of] . rows [begin, end) of the weight."""
+    column = begin
+    while column < end:
+        place, target = weight + column * ldw, out + column * ld_column
+        four = column + 4 <= end
+        row = 0
+        while four and row + 6 <= rows:
+            dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 6, 4)
+            row += 6
+        while four and row + 2 <= rows:
+            dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 2, 4)
+            row += 2
+        while row < rows:
+            if four:
+                dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 1, 4)
+            else:
+                dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 1, 1)
+            row += 1
+        column += 4 if four else 1
+
+
+@kernel
+def dot_kernel(rows, x, ldx, weight, ldw, columns, steps, out, ldo, parts):
+    row_of = np.arange(rows)
+    numbers = row_of.ctypes.data
+    use_threads(parts)
+    for part in numba.prange(parts):
+        begin, end = columns // 4 * part // parts * 4, columns // 4 * (part + 1) // parts * 4
+        if part == parts - 1:
+            end = columns
+        dot_columns(begin, end, rows, x, ldx, numbers, weight, ldw, steps, out, ldo, np.int64(4))
+    hold(row_of)
+
+
+def panel_linear(x: Tensor, panels: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [T, d_in] (bf16) times the panels [d_out / 32, d_in / 2, 32, 2], plus bias [d_out] (float32): [T, d_out]."""
+    count, pairs, width, _ = panels.shape
+    if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != 2 * pairs or x.stride(1) != 1:
+        raise ValueError(
+            f"linear: x {x.dtype} {tuple(x.shape)} with strides {x.stride()}; "
+            f"expected dense bfloat16 rows [T, {2 * pairs}]"
+        )
+    out = torch.empty(x.shape[0], count * width, dtype=dtype)
+    panel_kernel(
+        x.shape[0], x.data_ptr(), x.stride(0) * 2, panels.data_ptr(), pairs, count, bias.data_ptr(), out.data_ptr(),
+        out.stride(0) * out.element_size(), out.element_size(), share_threads(), tag_of(out),
+    )  # fmt: skip
+    return out
+
+
+def dot_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, d] times the rows of a plain weight [n, d]: float32 [T, n]. Dense bf16 both, d a multiple of STEP."""
+    (rows, d), columns = x.shape, weight.shape[0]
+    out = torch.empty(rows, columns, dtype=torch.float32)
+    dot_kernel(
+        rows, x.data_ptr(), x.stride(0) * 2, weight.data_ptr(), weight.stride(0) * 2, columns, d // STEP,
+        out.data_ptr(), columns * 4, share_threads(),
+    )  # fmt: skip
+    return out
+
+
+def warm() -> None:
+    """Run both products once, so that they are compiled, or loaded from the cache, before the first request."""
+    if AVAILABLE:
+        x = torch.zeros(1, STEP, dtype=torch.bfloat16)
+        dot_linear(x, x)
+        for dtype in (torch.bfloat16, torch.float32):
+            panel_linear(x, torch.zeros(1, STEP // 2, PANEL, 2, dtype=torch.bfloat16), torch.zeros(PANEL), dtype)
