@@ -22,6 +22,7 @@ check: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/serving.py --peer peft --case base one all --repeats 3
 
 .venv/.run: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version}"'

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import httpx
+
 from load import Json, Trace, summarise
 from worker import answer
 
@@ -28,6 +29,10 @@ class HttpClients:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         self._runner = asyncio.Runner()
         self._http = httpx.AsyncClient(base_url=url, timeout=600, limits=limits, headers=headers)
+
+    def close(self) -> None:
+        self._runner.run(self._http.aclose())
+        self._runner.close()
 
     def models(self) -> Json:
         async def get() -> httpx.Response:
@@ -47,15 +52,14 @@ class HttpClients:
         return summarise(self._runner.run(together()), len(clients[0][0][0]))
 
     def interfere(self, streams: list[tuple[list[int], Json]], arrivals: list[tuple[list[int], Json]],
-                  quiet: int) -> Json:  # fmt: skip
+                  room: int, quiet: int) -> Json:  # fmt: skip
         """Gaps between the tokens of running streams, before and while `arrivals` come in and get their first tokens.
 
-        The arrivals are sent when every stream has had `quiet` tokens after the last stream's first one.
+        A stream has `room` tokens to go. The arrivals are sent when each has had about `quiet` of them.
         """
 
         async def play() -> tuple[list[Trace], float, float, list[Trace]]:
             traces = [Trace(0.0) for _ in streams]
-            room = 1000 - max(len(prompt) for prompt, _ in streams)
             running = [
                 asyncio.ensure_future(self.stream(trace, prompt, extra, room))
                 for trace, (prompt, extra) in zip(traces, streams, strict=True)

@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import psutil
 import torch
-from load import Clients, Json, Trace, summarise
-from shapes import Fixture
-from worker import Worker, answer, resident
 
+from load import Clients, Json, Trace, summarise
 from lorikeet.config import EngineConfig
 from lorikeet.kernels.precision import choose_dtype
+from shapes import Fixture
+from worker import Worker, answer, resident
 
 HERE = Path(__file__).parent
 CONTEXT = 1024
@@ -180,9 +180,10 @@ class Offline:
     """An LLM whose steps are timed from outside: what `generate` costs its caller is what is measured."""
 
     def start(self, model: str, settings: Json) -> Json:
-        import lorikeet.engine.engine  # noqa: F401  libraries are in memory before the model is
-        from lorikeet import LLM
+        from lorikeet import LLM, kernels
 
+        dtype = choose_dtype(settings.get("dtype", "auto"))
+        kernels.pick("cpu", dtype)  # libraries and compiled kernels are in memory before the model is
         libraries = resident(os.getpid())
         began = time.perf_counter()
         self.llm = LLM(model, **settings)

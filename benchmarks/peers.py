@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+
 from load import Clients, Json, Trace, summarise
 from ours import HERE, Setup, lists
 from worker import Worker, answer, resident

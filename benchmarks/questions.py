@@ -9,8 +9,9 @@ from dataclasses import replace
 from itertools import cycle, islice
 
 import numpy as np
+
 from load import Ask, Clients, Json, compare, make_clients, median
-from ours import OfflineSide, ServerSide, Setup
+from ours import CONTEXT, OfflineSide, ServerSide, Setup
 from roofline import Meter, rank_size
 from worker import progress
 
@@ -110,7 +111,9 @@ def interference(setup: Setup, options: Namespace) -> Json:
         for _ in repeats(options, "interference"):
             streams = [(one, {}) for one in prompts(setup, STREAMS, options.prompt, draw)]
             arrivals = [(one, {}) for one in prompts(setup, ARRIVALS, LONG_PROMPT, draw)]
-            sample = side.clients.ask("interfere", streams=streams, arrivals=arrivals, quiet=options.new)
+            sample = side.clients.ask(
+                "interfere", streams=streams, arrivals=arrivals, room=CONTEXT - options.prompt, quiet=options.new
+            )
             quiet.append(float(np.percentile(sample["quiet"], 99)))
             disturbed.append(float(np.percentile(sample["disturbed"] or sample["quiet"], 99)))
             first.append(max(sample["arrival_ttft"]))

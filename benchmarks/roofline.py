@@ -1,7 +1,8 @@
 """What this machine could do: its read bandwidth and its rate of matrix products, and the work of a step in both.
 
 A step cannot be faster than its bytes at the bandwidth, nor than its operations at the rate that the vendor library
-reaches with that many rows. `peak` is the rate at 512 rows, which few rows do not reach on any known kernel.
+reaches with that many rows. With fewer than 32 rows that rate is one of reading, which the bandwidth accounts for: the
+limit takes the rate at 32 rows there. The peak is the rate at 512 rows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from lorikeet.kernels.weight import DenseWeight, PackedWeight
 from lorikeet.model.spec import ModelSpec
 
-PEAK_ROWS = 512
+FEW_ROWS, PEAK_ROWS = 32, 512
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Machine:
 
     def seconds(self, work: Work, rows: int) -> float:
         """At least, with the rate measured at the nearest number of rows from above (the peak beyond them)."""
-        nearest = min((known for known in self.rates if known >= rows), default=max(self.rates))
+        nearest = min((known for known in self.rates if known >= max(rows, FEW_ROWS)), default=max(self.rates))
         return max(work.bytes / self.bandwidth, work.operations / self.rates[nearest])
 
 
@@ -47,7 +48,7 @@ class Meter:
         matrix = torch.randn(2 * spec.intermediate_size, spec.hidden_size).to(dtype)
         kind = PackedWeight if PackedWeight.available(matrix) else DenseWeight
         self._weight = kind(matrix)
-        self._inputs = {n: torch.randn(n, spec.hidden_size).to(dtype) for n in sorted({*rows, PEAK_ROWS})}
+        self._inputs = {n: torch.randn(n, spec.hidden_size).to(dtype) for n in sorted({*rows, FEW_ROWS, PEAK_ROWS})}
 
     @torch.inference_mode()
     def measure(self) -> Machine:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from load import CASES, Ask, Json, compare, make_clients, median, possible
 from ours import OfflineSide, ServerSide, Setup, setting
 from peers import PeftSide, UrlSide
@@ -212,6 +213,7 @@ def describe(key: Key, setup: Setup, options: Namespace, results: Results) -> Js
     return {
         "side": name, "case": case, "clients": n,
         **{metric: median([sample[metric] for sample in samples]) for metric in metrics},
+        "tokens_per_second_each": [sample["tokens_per_second"] for sample in samples],
         "rss": memory and memory["rss"], "anonymous": memory and memory["anonymous"],
         "limit": limit, "reached": reached,
     }  # fmt: skip
@@ -312,7 +314,7 @@ def _show_cells(cells: Sequence[Json]) -> None:
         )
     print(
         "decode: tokens/s after the last first token; limit: bytes at the bandwidth or operations at the rate of so "
-        "many rows, the slower of both\n"
+        "many rows (32 at least), the slower of both\n"
     )
 
 
