@@ -55,6 +55,9 @@ def serve(
     dtype: Annotated[
         str, typer.Option(help="auto | float32 | bfloat16; auto is bf16 where the device has it natively.")
     ] = "auto",
+    quantize: Annotated[
+        str, typer.Option(help="none | int8: hold the base's linear layers in int8, half the bytes of bf16.")
+    ] = "none",
     adapter_dtype: Annotated[str, typer.Option(help="auto (as --dtype) | float32 | bfloat16")] = "auto",
     adapter_memory: Annotated[str | None, typer.Option(help="Budget of resident adapters, such as 512MiB.")] = None,
     adapter_host_memory: Annotated[
@@ -86,6 +89,7 @@ def serve(
         model=model,
         device=_one_of(device, "--device", "auto", "cpu", "cuda"),
         dtype=_one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
+        quantize=_one_of(quantize, "--quantize", "none", "int8"),
         adapter_dtype=_one_of(adapter_dtype, "--adapter-dtype", "auto", "float32", "bfloat16"),
         adapter_memory=size(adapter_memory, "--adapter-memory"),
         adapter_host_memory=size(adapter_host_memory, "--adapter-host-memory"),

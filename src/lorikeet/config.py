@@ -247,6 +247,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "lorikeet-nano"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 only where the device has it natively
+    quantize: Literal["none", "int8"] = "none"  # of the base's linear layers: weights only, products stay bf16
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as dtype
     adapter_memory: int | None = None
     adapter_host_memory: int | None = None  # refused on CPU: there is no second tier of memory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from tests import fixtures
 
 import lorikeet
 from lorikeet.errors import ConfigError, InvalidRequestError, NotFoundError
+from lorikeet.kernels.precision import native_bf16_products
 from lorikeet.types import SamplingParams
 
+DEMO_DATA = Path(lorikeet.__file__).parent / "data" / "demo"
 PROMPTS = ["the quick brown fox", "jumps over", "the lazy dog and then", "another one"]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, logprobs=0, prompt_logprobs=0)
 
@@ -103,3 +107,20 @@ def test_errors_name_what_is_wrong_and_leave_nothing_behind(llm: Any, folders: t
         lorikeet.LLM(str(folders[0]), max_sequences=4)
     with pytest.raises(ConfigError, match="not a folder"):
         lorikeet.LLM(str(folders[0]), adapters="nowhere")
+
+
+@pytest.mark.skipif(not native_bf16_products(), reason="bf16 is slow without AVX512-BF16")
+def test_int8_weights_cost_less_than_one_percent_of_perplexity() -> None:
+    """Of the embedded base on the demo's own texts, against bf16 weights."""
+    rows = (DEMO_DATA / "describe" / "test.jsonl").read_text().splitlines()
+    texts = [json.loads(row)["text"] for row in rows]
+    score = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    losses = []
+    for quantize in ("none", "int8"):
+        llm = lorikeet.LLM(quantize=quantize, dtype="bfloat16", kv_memory=64 * 2**20)
+        found = [c.prompt_logprobs for c in llm.generate(texts, sampling=score)]
+        values = [-one.logprob for scores in found if scores is not None for one in scores if one is not None]
+        losses.append(sum(values) / len(values))
+    plain, int8 = losses
+    assert plain > 1.0 and abs(int8 / plain - 1) < 0.01 and int8 != plain
+    assert math.exp(int8 - plain) < 1.01

@@ -11,8 +11,9 @@ from msgspec.structs import replace
 from lorikeet.config import EngineConfig
 from lorikeet.engine import sizing
 from lorikeet.engine.engine import Engine
-from lorikeet.engine.sizing import choose_device, choose_sizes
+from lorikeet.engine.sizing import choose_device, choose_sizes, choose_weights
 from lorikeet.errors import ConfigError
+from lorikeet.kernels.weight import Int8Weight, pack
 
 GIB = 2**30
 
@@ -71,6 +72,14 @@ def test_devices_and_tiers_that_are_not_there() -> None:
         Engine.build(EngineConfig(device="cuda"))
     with pytest.raises(ConfigError, match="adapter_host_memory"):
         Engine.build(EngineConfig(adapter_host_memory=GIB))
+
+
+def test_int8_weights_need_bf16() -> None:
+    assert choose_weights(EngineConfig(), torch.float32) is pack
+    assert choose_weights(EngineConfig(quantize="int8"), torch.bfloat16) is Int8Weight
+    with pytest.raises(ConfigError, match="quantize: int8 .* float32") as caught:
+        Engine.build(EngineConfig(quantize="int8", dtype="float32"))
+    assert caught.value.param == "quantize"
 
 
 def test_free_memory_is_known() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels import precision
-from lorikeet.kernels.weight import DenseWeight, PackedWeight, PanelWeight, pack
+from lorikeet.kernels.weight import DenseWeight, Int8Weight, PackedWeight, PanelWeight, pack
 
 needs_bf16 = pytest.mark.skipif(not precision.native_bf16_products(), reason="the processor has no AVX512-BF16")
 
@@ -60,6 +60,27 @@ def test_panels_keep_not_a_number_in_its_row() -> None:
     assert found[[row for row in range(14) if row not in (3, 13)]].isfinite().all()
     with pytest.raises(ValueError, match="bfloat16 rows"):
         panels.linear(x.float())
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (160, 896), (48, 64)])
+def test_int8(shape: tuple[int, int]) -> None:
+    """The product is that of the dequantised weight, which is within half a step of the original."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(*shape, generator=generator).bfloat16()
+    weight[3] = 0
+    bias = torch.randn(shape[0], generator=generator).bfloat16()
+    quantised = Int8Weight(weight, bias)
+    assert quantised.shape == shape
+    step = weight.float().abs().amax(1, keepdim=True) / 127
+    kept = quantised.dequantised().float()
+    assert ((kept - weight.float()).abs() <= step * 0.5 + weight.float().abs() * 2**-8).all()
+    exact = (weight.float() / step.clamp(min=1e-30)).round() * step
+    for rows in (1, 2, 3, 13, 70):
+        x = torch.randn(rows, shape[1], generator=generator).bfloat16()
+        wanted = x.double() @ exact.double().T + bias.double()
+        assert (quantised.linear(x).double() - wanted).abs().max() <= 2**-7 * wanted.abs().max()
+    held = sum(value.nbytes for value in vars(quantised).values() if isinstance(value, Tensor))
+    assert held <= shape[0] * shape[1] + 12 * shape[0]
 
 
 def test_pack_chooses_by_dtype_and_shape() -> None:

@@ -21,11 +21,10 @@ from lorikeet.engine.request import Sequence, check_prompt, check_sampling, effe
 from lorikeet.engine.residency import Residency
 from lorikeet.engine.runner import Runner
 from lorikeet.engine.scheduler import Scheduler
-from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes
+from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes, choose_weights
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.errors import InvalidRequestError, NotFoundError
 from lorikeet.kernels.precision import choose_dtype
-from lorikeet.kernels.weight import pack
 from lorikeet.model import sources
 from lorikeet.model import weights as model_weights
 from lorikeet.model.decoder import DecoderWeights, Ops
@@ -91,7 +90,7 @@ class Engine:
         dtype = choose_dtype(config.dtype)
         started = time.perf_counter()
         folder = sources.find_model(config.model)
-        spec, weights = model_weights.load(folder, dtype, pack)
+        spec, weights = model_weights.load(folder, dtype, choose_weights(config, dtype))
         base = sources.identify(folder, config.model)
         sizes = choose_sizes(config, spec, dtype)
         ops = kernels.pick(device, dtype, sizes.adapter_dtype)

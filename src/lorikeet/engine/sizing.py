@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from lorikeet.adapters.compiled import Dtype
 from lorikeet.config import EngineConfig
 from lorikeet.errors import ConfigError
 from lorikeet.kernels.precision import DTYPES
+from lorikeet.kernels.weight import Int8Weight, Weight, pack
 from lorikeet.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,19 @@ def choose_device(config: EngineConfig) -> str:
             param="adapter_host_memory",
         )
     return "cpu"
+
+
+def choose_weights(config: EngineConfig, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Weight]:
+    """What a linear layer's weight is held as. Raises ConfigError for int8 beside another dtype than bf16."""
+    if config.quantize == "none":
+        return pack
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"quantize: int8 weights are multiplied in bfloat16, and the dtype here is {str(dtype)[6:]}",
+            hint="add --dtype bfloat16, or leave --quantize out",
+            param="quantize",
+        )
+    return Int8Weight
 
 
 def available_memory() -> int:

@@ -27,6 +27,7 @@ from lorikeet.kernels.cpu_runtime import (
     kernel,
     literal_intrinsic,
     share_threads,
+    size,
     tag_of,
     use_threads,
 )
@@ -40,7 +41,8 @@ LANES = 16  # float32 of a register
 WIDE = 2  # registers of outputs in a panel: 32 outputs
 PANEL = LANES * WIDE
 STEP = 2 * LANES  # bf16 numbers of a register
-I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+STORED = {torch.bfloat16: np.uint16(0), torch.int8: np.int8(0)}  # tags of what panels hold
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 SUMS, PAIRS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
@@ -101,25 +103,43 @@ def _sum_over(builder: Any, steps: Any, initial: list[Any], body: Any) -> list[A
     return following
 
 
-@literal_intrinsic
-def panel_tile(typing_context, x, ldx, panel, pairs, bias, out, ldo, rows, tag):
-    """out[rows, PANEL] = x[rows, 2 pairs] . panel [pairs, PANEL, 2] + bias [PANEL] (float32).
+def _widened(builder: Any, address: Any) -> Any:
+    """32 int8 as bf16, which holds them exactly."""
+    octets = _load(builder, address, ir.VectorType(I8, 2 * LANES), 1)
+    floats = []
+    for first in (0, LANES):
+        lanes = ir.Constant(PAIRS, list(range(first, first + LANES)))
+        part = builder.shuffle_vector(octets, ir.Constant(octets.type, ir.Undefined), lanes)
+        floats.append(builder.sitofp(builder.sext(part, PAIRS), SUMS))
+    kind = ir.FunctionType(PAIRS, [SUMS, SUMS])
+    return builder.call(ir.InlineAsm(kind, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v"), floats)
 
-    Addresses and strides in bytes; `rows` is a literal; out is of the tag's type.
+
+@literal_intrinsic
+def panel_tile(typing_context, x, ldx, panel, pairs, scale, bias, out, ldo, rows, tag, stored):
+    """out[rows, PANEL] = x[rows, 2 pairs] . panel [pairs, PANEL, 2] * scale [PANEL] + bias [PANEL] (float32 both).
+
+    Addresses and strides in bytes; `rows` is a literal. Types by tag: `tag` of out, `stored` of the panel (bf16, which
+    has no scale, or int8).
     """
     if not isinstance(rows, types.IntegerLiteral):
         return None
     count = rows.literal_value
-    halves = types.unliteral(tag) == types.uint16
+    halves, int8 = types.unliteral(tag) == types.uint16, types.unliteral(stored) == types.int8
 
     def generate(context, builder, signature, arguments):
-        x, ldx, panel, pairs, bias, out, ldo = arguments[:7]
+        x, ldx, panel, pairs, scale, bias, out, ldo = arguments[:8]
         row_at = [builder.add(x, builder.mul(ldx, ir.Constant(I64, row))) for row in range(count)]
-        start = [_load(builder, _plus(builder, bias, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
+        shift = [_load(builder, _plus(builder, bias, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
 
         def body(step, sums):
-            place = builder.add(panel, builder.mul(step, ir.Constant(I64, 4 * PANEL)))
-            weights = [_load(builder, _plus(builder, place, 4 * LANES * v), PAIRS, 4) for v in range(WIDE)]
+            width = 1 if int8 else 2
+            place = builder.add(panel, builder.mul(step, ir.Constant(I64, 2 * PANEL * width)))
+            at_register = [_plus(builder, place, 2 * LANES * width * v) for v in range(WIDE)]
+            if int8:
+                weights = [_widened(builder, address) for address in at_register]
+            else:
+                weights = [_load(builder, address, PAIRS, 4) for address in at_register]
             inputs = [builder.add(at_row, builder.mul(step, ir.Constant(I64, 4))) for at_row in row_at]
             result = []
             for row, address in enumerate(inputs):
@@ -128,7 +148,10 @@ def panel_tile(typing_context, x, ldx, panel, pairs, bias, out, ldo, rows, tag):
                     result.append(_add_products(builder, sums[row * WIDE + v], weights[v], pair))
             return result
 
-        sums = _sum_over(builder, pairs, start * count, body)
+        sums = _sum_over(builder, pairs, [ZERO] * (count * WIDE) if int8 else shift * count, body)
+        if int8:
+            factor = [_load(builder, _plus(builder, scale, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
+            sums = [builder.fadd(builder.fmul(s, factor[i % WIDE]), shift[i % WIDE]) for i, s in enumerate(sums)]
         for row in range(count):
             target = builder.add(out, builder.mul(ldo, ir.Constant(I64, row)))
             for v in range(WIDE):
@@ -139,7 +162,7 @@ def panel_tile(typing_context, x, ldx, panel, pairs, bias, out, ldo, rows, tag):
                     _store(builder, total, _plus(builder, target, 4 * LANES * v), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7, rows, tag), generate
+    return types.void(*[types.int64] * 8, rows, tag, stored), generate
 
 
 @literal_intrinsic
@@ -181,31 +204,32 @@ def dot_tile(typing_context, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld
 
 
 @products
-def panel_rows(rows, x, ldx, panel, pairs, bias, out, ldo, tag):
+def panel_rows(rows, x, ldx, panel, pairs, scale, bias, out, ldo, tag, stored):
     """All rows of x against one panel."""
     while rows >= 12:
-        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 12, tag)
+        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 12, tag, stored)
         x, out, rows = x + 12 * ldx, out + 12 * ldo, rows - 12
     if rows >= 8:
-        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 8, tag)
+        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 8, tag, stored)
         x, out, rows = x + 8 * ldx, out + 8 * ldo, rows - 8
     if rows >= 4:
-        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 4, tag)
+        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 4, tag, stored)
         x, out, rows = x + 4 * ldx, out + 4 * ldo, rows - 4
     if rows >= 2:
-        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 2, tag)
+        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 2, tag, stored)
         x, out, rows = x + 2 * ldx, out + 2 * ldo, rows - 2
     if rows == 1:
-        panel_tile(x, ldx, panel, pairs, bias, out, ldo, 1, tag)
+        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 1, tag, stored)
 
 
 @kernel
-def panel_kernel(rows, x, ldx, weight, pairs, panels, bias, out, ldo, width, parts, tag):
+def panel_kernel(rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, parts, tag, stored):
     use_threads(parts)
     for part in numba.prange(parts):
         for panel in range(panels * part // parts, panels * (part + 1) // parts):
-            place = weight + panel * pairs * 4 * PANEL
-            panel_rows(rows, x, ldx, place, pairs, bias + panel * 4 * PANEL, out + panel * PANEL * width, ldo, tag)
+            place, column = weight + panel * pairs * 2 * PANEL * size(stored), panel * PANEL
+            target = out + column * size(tag)
+            panel_rows(rows, x, ldx, place, pairs, scale + 4 * column, bias + 4 * column, target, ldo, tag, stored)
 
 
 @products
@@ -244,8 +268,20 @@ def dot_kernel(rows, x, ldx, weight, ldw, columns, steps, out, ldo, parts):
     hold(row_of)
 
 
-def panel_linear(x: Tensor, panels: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [T, d_in] (bf16) times the panels [d_out / 32, d_in / 2, 32, 2], plus bias [d_out] (float32): [T, d_out]."""
+def to_panels(weight: Tensor) -> Tensor:
+    """[d_out, d_in] -> [d_out / PANEL, d_in / 2, PANEL, 2], dense."""
+    rows, columns = weight.shape
+    return weight.reshape(rows // PANEL, PANEL, columns // 2, 2).permute(0, 2, 1, 3).contiguous()
+
+
+def from_panels(panels: Tensor) -> Tensor:
+    """The inverse of `to_panels`."""
+    count, pairs, outputs, _ = panels.shape
+    return panels.permute(0, 2, 1, 3).reshape(count * outputs, pairs * 2)
+
+
+def panel_linear(x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [T, d_in] (bf16) times panels in bf16 or int8; scale (int8 only), bias [d_out] (float32): [T, d_out]."""
     count, pairs, width, _ = panels.shape
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != 2 * pairs or x.stride(1) != 1:
         raise ValueError(
@@ -254,8 +290,9 @@ def panel_linear(x: Tensor, panels: Tensor, bias: Tensor, dtype: torch.dtype) ->
         )
     out = torch.empty(x.shape[0], count * width, dtype=dtype)
     panel_kernel(
-        x.shape[0], x.data_ptr(), x.stride(0) * 2, panels.data_ptr(), pairs, count, bias.data_ptr(), out.data_ptr(),
-        out.stride(0) * out.element_size(), out.element_size(), share_threads(), tag_of(out),
+        x.shape[0], x.data_ptr(), x.stride(0) * 2, panels.data_ptr(), pairs, count, scale.data_ptr(),
+        bias.data_ptr(), out.data_ptr(), out.stride(0) * out.element_size(), share_threads(), tag_of(out),
+        STORED[panels.dtype],
     )  # fmt: skip
     return out
 
@@ -277,4 +314,4 @@ def warm() -> None:
         x = torch.zeros(1, STEP, dtype=torch.bfloat16)
         dot_linear(x, x)
         for dtype in (torch.bfloat16, torch.float32):
-            panel_linear(x, torch.zeros(1, STEP // 2, PANEL, 2, dtype=torch.bfloat16), torch.zeros(PANEL), dtype)
+            panel_linear(x, to_panels(x.expand(PANEL, STEP)), torch.ones(PANEL), torch.zeros(PANEL), dtype)

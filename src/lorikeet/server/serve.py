@@ -171,7 +171,8 @@ def _engine_table(state: ServerState) -> Table:
     table = Table(title="Lorikeet", show_header=False)
     rows = {
         "base": f"{state.models.base.name} ({info.family}, {info.parameters / 1e6:.1f} M parameters)",
-        "numbers": f"{info.dtype} on {info.device}, adapters in {info.adapter_dtype or info.dtype}",
+        "numbers": f"{info.dtype} on {info.device}, adapters in {info.adapter_dtype or info.dtype}"
+        + ("" if state.config.engine.quantize == "none" else f", weights in {state.config.engine.quantize}"),
         "context": f"{info.max_context} tokens",
         "cache": f"{info.kv_tokens} tokens in {info.kv_bytes / 2**20:.0f} MiB",
         "adapters": f"up to {info.slab_bytes / 2**20:.0f} MiB resident",
