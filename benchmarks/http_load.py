@@ -35,10 +35,15 @@ class HttpClients:
         self._runner.close()
 
     def models(self) -> Json:
+        """Names that the server lists, or why it does not."""
+
         async def get() -> httpx.Response:
             return await self._http.get("/v1/models")
 
-        return {"names": [model["id"] for model in self._runner.run(get()).raise_for_status().json()["data"]]}
+        try:
+            return {"names": [model["id"] for model in self._runner.run(get()).raise_for_status().json()["data"]]}
+        except httpx.HTTPError as error:
+            return {"error": str(error)}
 
     def run(self, clients: list[list[tuple[list[int], Json]]], new: int) -> Json:
         """A closed loop: each client sends its next request when the one before has ended."""

@@ -66,24 +66,24 @@ def summarise(traces: Sequence[Sequence[Trace]], prompt: int) -> Json:
     """Rates and latencies of the traces of each client, in tokens a second and seconds.
 
     `prefill` runs from the first request of a round to the last first token, `decode` from there to the first request
-    that ends; both are means over the rounds.
+    that ends.
     """
     flat = [trace for client in traces for trace in client]
     begin, end = min(trace.sent for trace in flat), max(trace.times[-1] for trace in flat)
     first = [trace.times[0] - trace.sent for trace in flat]
     gaps = np.concatenate([np.diff(trace.times) for trace in flat]) if any(len(t.times) > 1 for t in flat) else [0.0]
-    prefill, decode = [], []
+    filling = decoding = decoded = 0.0
     for wave in zip(*traces, strict=True):
         start, stop = max(trace.times[0] for trace in wave), min(trace.times[-1] for trace in wave)
-        prefill.append(prompt * len(wave) / (start - min(trace.sent for trace in wave)))
-        between = sum(trace.tokens * _share(np.array(trace.times), start, stop) for trace in wave)
+        filling += start - min(trace.sent for trace in wave)
         if stop > start:
-            decode.append(between / (stop - start))
+            decoding += stop - start
+            decoded += sum(trace.tokens * _share(np.array(trace.times), start, stop) for trace in wave)
     tokens = sum(trace.tokens for trace in flat)
     return {
         "tokens_per_second": tokens / (end - begin),
-        "prefill_tokens_per_second": float(np.mean(prefill)),
-        "decode_tokens_per_second": float(np.mean(decode)) if decode else None,
+        "prefill_tokens_per_second": prompt * len(flat) / filling,
+        "decode_tokens_per_second": decoded / decoding if decoding else None,
         **{f"ttft_p{p}": float(np.percentile(first, p)) for p in (50, 95)},
         **{f"itl_p{p}": float(np.percentile(gaps, p)) for p in (50, 95, 99)},
         "seconds": end - begin,

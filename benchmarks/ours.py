@@ -19,6 +19,7 @@ import torch
 from load import Clients, Json, Trace, summarise
 from lorikeet.config import EngineConfig
 from lorikeet.kernels.precision import choose_dtype
+from roofline import Itemsizes
 from shapes import Fixture
 from worker import Worker, answer, resident
 
@@ -40,6 +41,10 @@ class Setup:
     @property
     def dtype(self) -> torch.dtype:
         return choose_dtype(self.settings.get("dtype", "auto"))
+
+    @property
+    def itemsizes(self) -> Itemsizes:
+        return Itemsizes(1 if self.settings.get("quantize") == "int8" else self.dtype.itemsize, self.dtype.itemsize)
 
     @property
     def token_bytes(self) -> int:

@@ -53,7 +53,11 @@ class UrlSide:
         self.name = urlsplit(url).netloc
         self._port = urlsplit(url).port
         self._worker = Worker(HERE / "http_load.py", url.rstrip("/"))
-        self._base = fields(base or self._worker.ask("models")["names"][0])
+        models = self._worker.ask("models")
+        if "error" in models:
+            self._worker.close()
+            raise SystemExit(f"--peer {url}: {models['error']}; expected an OpenAI-compatible server at this address")
+        self._base = fields(base or models["names"][0])
         self._adapter = adapter
 
     def run(self, clients: Clients, new: int) -> Json:

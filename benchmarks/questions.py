@@ -12,7 +12,7 @@ import numpy as np
 
 from load import Ask, Clients, Json, compare, make_clients, median
 from ours import CONTEXT, OfflineSide, ServerSide, Setup
-from roofline import Meter, rank_size
+from roofline import Meter, rank_size, weight_bytes
 from worker import progress
 
 RANKS = (8, 16, 24, 32, 48, 64, 96, 128)  # 52 on average
@@ -107,7 +107,7 @@ def interference(setup: Setup, options: Namespace) -> Json:
     side, draw = ServerSide(setup), np.random.default_rng(3)
     quiet, disturbed, first = [], [], []
     try:
-        side.run(make_clients("base", STREAMS, 1, 1, options.prompt, setup.fixture.spec.vocab_size, draw), 2)
+        side.run(_base(setup, STREAMS, options, draw), 2)
         for _ in repeats(options, "interference"):
             streams = [(one, {}) for one in prompts(setup, STREAMS, options.prompt, draw)]
             arrivals = [(one, {}) for one in prompts(setup, ARRIVALS, LONG_PROMPT, draw)]
@@ -137,7 +137,7 @@ def memory(setup: Setup, options: Namespace) -> Json:
     progress("memory")
     side = OfflineSide(tight)
     try:
-        side.run(make_clients("base", rows, 1, 1, options.prompt, setup.fixture.spec.vocab_size, draw), options.new)
+        side.run(_base(setup, rows, options, draw), options.new)
         base = side.memory()
         for start in range(0, len(setup.adapters), rows):
             some = list(range(start, min(start + rows, len(setup.adapters))))
@@ -145,7 +145,7 @@ def memory(setup: Setup, options: Namespace) -> Json:
         adapted = side.memory()
     finally:
         side.close()
-    weights = sum(path.stat().st_size for path in setup.fixture.base.glob("*.safetensors")) * setup.dtype.itemsize // 2
+    weights = weight_bytes(setup.fixture.spec, setup.itemsizes)
     kv, adapters = side.started["kv_bytes"], sum(setup.adapter_bytes())
     libraries = side.started["libraries"]["rss"]
     return {
@@ -158,9 +158,41 @@ def memory(setup: Setup, options: Namespace) -> Json:
     }  # fmt: skip
 
 
+def int8(setup: Setup, options: Namespace) -> Json:
+    """How much faster does an int8 base decode, for each number of clients?"""
+    draw = np.random.default_rng(5)
+    kinds = ("int8", "none")
+    sides: dict[str, OfflineSide] = {}
+    speeds: dict[tuple[str, int], list[float]] = {(kind, n): [] for n in options.batch for kind in kinds}
+    try:
+        for kind in kinds:
+            sides[kind] = OfflineSide(replace(setup, settings={**setup.settings, "quantize": kind}))
+            for n in options.batch:
+                sides[kind].run(_base(setup, n, options, draw), 2)
+        for repeat in repeats(options, "int8"):
+            for kind, n in list(speeds)[:: 1 if repeat % 2 else -1]:
+                clients = _base(setup, n, options, draw)
+                speeds[kind, n].append(sides[kind].run(clients, options.new)["decode_tokens_per_second"])
+    finally:
+        for side in sides.values():
+            side.close()
+    return {
+        "decode_tokens_per_second": {f"{kind} x{n}": median(values) for (kind, n), values in speeds.items()},
+        "ratios": [
+            compare("int8 / bf16, decode", speeds["int8", n], speeds["none", n], 1.6 if n == 1 else None, clients=n)
+            for n in options.batch
+        ],
+    }
+
+
+def _base(setup: Setup, clients: int, options: Namespace, draw: np.random.Generator) -> Clients:
+    return make_clients("base", clients, 1, 1, options.prompt, setup.fixture.spec.vocab_size, draw)
+
+
 QUESTIONS: dict[str, Callable[[Setup, Namespace], Json]] = {
     "distinct": distinct,
     "mixed-ranks": mixed_ranks,
     "interference": interference,
     "memory": memory,
+    "int8": int8,
 }

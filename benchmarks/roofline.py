@@ -1,8 +1,8 @@
 """What this machine could do: its read bandwidth and its rate of matrix products, and the work of a step in both.
 
-A step cannot be faster than its bytes at the bandwidth, nor than its operations at the rate that the vendor library
-reaches with that many rows. With fewer than 32 rows that rate is one of reading, which the bandwidth accounts for: the
-limit takes the rate at 32 rows there. The peak is the rate at 512 rows.
+A step cannot be faster than its bytes at the bandwidth, nor than its operations at the rate that the faster of the
+vendor library and our own products reaches with that many rows. With fewer than 32 rows that rate is one of reading,
+which the bandwidth accounts for: the limit takes the rate at 32 rows there. The peak is the rate at 512 rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorikeet.kernels.weight import DenseWeight, PackedWeight
+from lorikeet.kernels.weight import DenseWeight, PackedWeight, pack
 from lorikeet.model.spec import ModelSpec
 
 FEW_ROWS, PEAK_ROWS = 32, 512
@@ -46,16 +46,18 @@ class Meter:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, rows: Sequence[int], stream_bytes: int = 1 << 28) -> None:
         self._stream = torch.ones(stream_bytes // 4)
         matrix = torch.randn(2 * spec.intermediate_size, spec.hidden_size).to(dtype)
-        kind = PackedWeight if PackedWeight.available(matrix) else DenseWeight
-        self._weight = kind(matrix)
+        vendor = PackedWeight if PackedWeight.available(matrix) else DenseWeight
+        self._operations, self._weights = 2 * matrix.numel(), (vendor(matrix), pack(matrix))
         self._inputs = {n: torch.randn(n, spec.hidden_size).to(dtype) for n in sorted({*rows, FEW_ROWS, PEAK_ROWS})}
 
     @torch.inference_mode()
     def measure(self) -> Machine:
         """The best of some milliseconds of each."""
-        d_out, d_in = self._weight.shape
         reading = _best(lambda: self._stream.sum())
-        rates = {n: 2 * n * d_out * d_in / _best(lambda x=x: self._weight.linear(x)) for n, x in self._inputs.items()}
+        rates = {
+            rows: rows * self._operations / min(_best(lambda w=w, x=x: w.linear(x)) for w in self._weights)
+            for rows, x in self._inputs.items()
+        }
         return Machine(4 * self._stream.numel() / reading, rates)
 
 
@@ -79,7 +81,20 @@ def rank_size(spec: ModelSpec) -> int:
     return sum(site.d_in + site.d_out for site in spec.sites if site.layer is not None)
 
 
-def decode_work(spec: ModelSpec, itemsize: int, rows: int, context: int, distinct: int, adapted: int,
+@dataclass(frozen=True)
+class Itemsizes:
+    """Bytes of a number: in the linear layers, and in embedding, cache and adapters."""
+
+    linear: int
+    other: int
+
+
+def weight_bytes(spec: ModelSpec, sizes: Itemsizes) -> int:
+    """Of the linear layers and of a tied head."""
+    return sizes.linear * linear_size(spec) + sizes.other * spec.vocab_size * spec.hidden_size
+
+
+def decode_work(spec: ModelSpec, sizes: Itemsizes, rows: int, context: int, distinct: float, adapted: float,
                 rank: int) -> Work:  # fmt: skip
     """One step of `rows` sequences of `context` tokens, `adapted` of them on `distinct` adapters of `rank`."""
     weights = linear_size(spec) + spec.vocab_size * spec.hidden_size
@@ -87,18 +102,18 @@ def decode_work(spec: ModelSpec, itemsize: int, rows: int, context: int, distinc
     low_rank = rank * rank_size(spec)
     attention = 4 * rows * context * spec.num_layers * spec.q_size
     return Work(
-        itemsize * (weights + cache + distinct * low_rank),
+        weight_bytes(spec, sizes) + sizes.other * (cache + distinct * low_rank),
         2 * (rows * weights + adapted * low_rank) + attention,
     )
 
 
-def prefill_work(spec: ModelSpec, itemsize: int, rows: int, prompt: int, distinct: int, adapted: int,
+def prefill_work(spec: ModelSpec, sizes: Itemsizes, rows: int, prompt: int, distinct: float, adapted: float,
                  rank: int) -> Work:  # fmt: skip
     """The prompts of `rows` sequences, and the logits of the last token of each."""
     head = spec.vocab_size * spec.hidden_size
     low_rank = rank * rank_size(spec)
     attention = 4 * rows * prompt * (prompt + 1) / 2 * spec.num_layers * spec.q_size
     return Work(
-        itemsize * (linear_size(spec) + head + distinct * low_rank),
+        weight_bytes(spec, sizes) + sizes.other * distinct * low_rank,
         2 * (rows * prompt * linear_size(spec) + rows * head + adapted * prompt * low_rank) + attention,
     )

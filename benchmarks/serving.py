@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from load import CASES, Ask, Json, compare, make_clients, median, possible
 from ours import OfflineSide, ServerSide, Setup, setting
@@ -71,6 +72,8 @@ def setups(shape: str, options: Namespace) -> Iterator[Setup]:
         spare = Path(folder) / "served"
         spare.mkdir()
         settings = dict(map(setting, options.set))
+        if "threads" in settings:  # the machine is measured with as many
+            torch.set_num_threads(settings["threads"])
         yield Setup(
             fixture=made, adapters=adapters, spare=spare, folder=Path(folder), clients=max(options.batch),
             settings=settings,
@@ -172,14 +175,14 @@ def limits(key: Key, setup: Setup, options: Namespace, results: Results) -> Json
     `reached` lists, repeat by repeat, limit / measured; `of_peak` the same with the rate of 512 rows for any step.
     """
     _, _, n = key
-    spec, itemsize = setup.fixture.spec, setup.dtype.itemsize
+    spec, sizes = setup.fixture.spec, setup.itemsizes
     seconds: dict[str, list[float]] = {name: [] for name in ("prefill", "decode", "whole")}
     reached: dict[str, list[float]] = {name: [] for name in (*seconds, "decode_of_peak", "whole_of_peak")}
     works: dict[str, Any] = {}
     for sample, machine in zip(results.samples[key], results.machines, strict=True):
         shares = (sample["distinct"], sample["adapted"], options.rank)
-        works["prefill"] = first = prefill_work(spec, itemsize, n, options.prompt, *shares)
-        works["decode"] = step = decode_work(spec, itemsize, n, options.prompt + options.new // 2, *shares)
+        works["prefill"] = first = prefill_work(spec, sizes, n, options.prompt, *shares)
+        works["decode"] = step = decode_work(spec, sizes, n, options.prompt + options.new // 2, *shares)
         begin, each = machine.seconds(first, n * options.prompt), machine.seconds(step, n)
         each_at_peak = machine.seconds(step, PEAK_ROWS)
         whole, whole_at_peak = (begin + (options.new - 1) * one for one in (each, each_at_peak))

@@ -22,8 +22,9 @@ from http_load import HttpClients
 from load import CASES, Trace, choose_adapters, compare, interval, make_clients, summarise
 from lorikeet.model.families import load_spec
 from lorikeet.model.tokenizer import Tokenizer
-from roofline import Machine, decode_work, prefill_work, rank_size
+from roofline import Itemsizes, Machine, decode_work, prefill_work, rank_size
 
+BF16 = Itemsizes(2, 2)
 SCRIPT = Path(serving.__file__)
 
 
@@ -45,22 +46,24 @@ def test_shapes_have_the_sizes_that_peers_were_measured_at(tmp_path: Path) -> No
     half = spec_of("half", tmp_path)
     assert shapes.parameters(half) == pytest.approx(386.5e6, rel=1e-3)
     assert 32 * 16 * rank_size(half) * 2 == pytest.approx(563e6, rel=1e-3)
-    one = decode_work(half, 2, rows=1, context=0, distinct=0, adapted=0, rank=16)
+    one = decode_work(half, BF16, rows=1, context=0, distinct=0, adapted=0, rank=16)
     assert (one.bytes, one.operations) == (pytest.approx(773e6, rel=1e-3), pytest.approx(773e6, rel=1e-3))
-    all_different = decode_work(half, 2, rows=32, context=160, distinct=32, adapted=32, rank=16)
-    base = decode_work(half, 2, rows=32, context=160, distinct=0, adapted=0, rank=16)
+    all_different = decode_work(half, BF16, rows=32, context=160, distinct=32, adapted=32, rank=16)
+    base = decode_work(half, BF16, rows=32, context=160, distinct=0, adapted=0, rank=16)
     assert all_different.bytes - base.bytes == pytest.approx(563e6, rel=1e-3)
     assert base.bytes - 773e6 == pytest.approx(32 * 160 * 2 * 24 * 128 * 2, rel=0.01)
-    prompts = prefill_work(half, 2, rows=32, prompt=128, distinct=0, adapted=0, rank=16)
+    int8 = decode_work(half, Itemsizes(1, 2), rows=1, context=0, distinct=0, adapted=0, rank=16)
+    assert one.bytes - int8.bytes == pytest.approx(357.8e6, rel=1e-3)
+    prompts = prefill_work(half, BF16, rows=32, prompt=128, distinct=0, adapted=0, rank=16)
     assert prompts.operations == pytest.approx(2 * 32 * 128 * 357.8e6, rel=0.01)
 
 
 def test_a_limit_is_the_slower_of_reading_and_computing(tmp_path: Path) -> None:
     machine = Machine(40e9, {1: 15e9, 32: 300e9, 512: 400e9})
     half = spec_of("half", tmp_path)
-    alone = decode_work(half, 2, rows=1, context=0, distinct=0, adapted=0, rank=16)
+    alone = decode_work(half, BF16, rows=1, context=0, distinct=0, adapted=0, rank=16)
     assert machine.seconds(alone, 1) == pytest.approx(alone.bytes / 40e9)
-    many = decode_work(half, 2, rows=32, context=0, distinct=0, adapted=0, rank=16)
+    many = decode_work(half, BF16, rows=32, context=0, distinct=0, adapted=0, rank=16)
     assert machine.seconds(many, 32) == pytest.approx(many.operations / 300e9)
     assert machine.seconds(many, 4096) == pytest.approx(many.operations / 400e9)
 
