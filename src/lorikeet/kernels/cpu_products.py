@@ -77,6 +77,13 @@ def _store(builder: Any, value: Any, address: Any, align: int) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+    builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 2, 1))])  # read, second level, data
+
+
 def _broadcast(builder: Any, scalar: Any) -> Any:
     empty = ir.Constant(PAIRS, ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(I32, 0))
@@ -116,19 +123,20 @@ def _widened(builder: Any, address: Any) -> Any:
 
 
 @literal_intrinsic
-def panel_tile(typing_context, x, ldx, panel, pairs, scale, bias, out, ldo, rows, tag, stored):
+def panel_tile(typing_context, x, ldx, panel, pairs, ahead, scale, bias, out, ldo, rows, tag, stored):
     """out[rows, PANEL] = x[rows, 2 pairs] . panel [pairs, PANEL, 2] * scale [PANEL] + bias [PANEL] (float32 both).
 
     Addresses and strides in bytes; `rows` is a literal. Types by tag: `tag` of out, `stored` of the panel (bf16, which
-    has no scale, or int8).
+    has no scale, or int8). With `ahead` a number of bytes that is not the literal 0, what lies so far behind the panel is
+    called into the cache meanwhile.
     """
     if not isinstance(rows, types.IntegerLiteral):
         return None
-    count = rows.literal_value
+    count, prefetch = rows.literal_value, not isinstance(ahead, types.IntegerLiteral)
     halves, int8 = types.unliteral(tag) == types.uint16, types.unliteral(stored) == types.int8
 
     def generate(context, builder, signature, arguments):
-        x, ldx, panel, pairs, scale, bias, out, ldo = arguments[:8]
+        x, ldx, panel, pairs, ahead, scale, bias, out, ldo = arguments[:9]
         row_at = [builder.add(x, builder.mul(ldx, ir.Constant(I64, row))) for row in range(count)]
         shift = [_load(builder, _plus(builder, bias, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
 
@@ -136,6 +144,8 @@ def panel_tile(typing_context, x, ldx, panel, pairs, scale, bias, out, ldo, rows
             width = 1 if int8 else 2
             place = builder.add(panel, builder.mul(step, ir.Constant(I64, 2 * PANEL * width)))
             at_register = [_plus(builder, place, 2 * LANES * width * v) for v in range(WIDE)]
+            for line in range(width if prefetch else 0):
+                _prefetch(builder, _plus(builder, builder.add(place, ahead), 64 * line))
             if int8:
                 weights = [_widened(builder, address) for address in at_register]
             else:
@@ -162,7 +172,7 @@ def panel_tile(typing_context, x, ldx, panel, pairs, scale, bias, out, ldo, rows
                     _store(builder, total, _plus(builder, target, 4 * LANES * v), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8, rows, tag, stored), generate
+    return types.void(*[types.int64] * 4, ahead, *[types.int64] * 4, rows, tag, stored), generate
 
 
 @literal_intrinsic
@@ -204,22 +214,31 @@ def dot_tile(typing_context, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld
 
 
 @products
-def panel_rows(rows, x, ldx, panel, pairs, scale, bias, out, ldo, tag, stored):
-    """All rows of x against one panel."""
-    while rows >= 12:
-        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 12, tag, stored)
-        x, out, rows = x + 12 * ldx, out + 12 * ldo, rows - 12
-    if rows >= 8:
-        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 8, tag, stored)
-        x, out, rows = x + 8 * ldx, out + 8 * ldo, rows - 8
-    if rows >= 4:
-        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 4, tag, stored)
-        x, out, rows = x + 4 * ldx, out + 4 * ldo, rows - 4
-    if rows >= 2:
-        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 2, tag, stored)
-        x, out, rows = x + 2 * ldx, out + 2 * ldo, rows - 2
-    if rows == 1:
-        panel_tile(x, ldx, panel, pairs, scale, bias, out, ldo, 1, tag, stored)
+def panel_rows(rows, x, ldx, panel, pairs, length, scale, bias, out, ldo, tag, stored):
+    """All rows of x against one panel.
+
+    The first rows wait for memory. The last twelve multiply what is in the cache by then, and call the next panel,
+    `length` bytes on, into it meanwhile.
+    """
+    left = rows % 12
+    if left >= 8:
+        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 8, tag, stored)
+        x, out, left = x + 8 * ldx, out + 8 * ldo, left - 8
+    if left >= 4:
+        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 4, tag, stored)
+        x, out, left = x + 4 * ldx, out + 4 * ldo, left - 4
+    if left >= 2:
+        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 2, tag, stored)
+        x, out, left = x + 2 * ldx, out + 2 * ldo, left - 2
+    if left == 1:
+        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 1, tag, stored)
+        x, out = x + ldx, out + ldo
+    dozens = rows // 12
+    for _ in range(dozens - 1):
+        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 12, tag, stored)
+        x, out = x + 12 * ldx, out + 12 * ldo
+    if dozens > 0:
+        panel_tile(x, ldx, panel, pairs, length, scale, bias, out, ldo, 12, tag, stored)
 
 
 @kernel
@@ -227,9 +246,10 @@ def panel_kernel(rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, par
     use_threads(parts)
     for part in numba.prange(parts):
         for panel in range(panels * part // parts, panels * (part + 1) // parts):
-            place, column = weight + panel * pairs * 2 * PANEL * size(stored), panel * PANEL
-            target = out + column * size(tag)
-            panel_rows(rows, x, ldx, place, pairs, scale + 4 * column, bias + 4 * column, target, ldo, tag, stored)
+            length, column = pairs * 2 * PANEL * size(stored), panel * PANEL
+            place, target = weight + panel * length, out + column * size(tag)
+            f, b = scale + 4 * column, bias + 4 * column
+            panel_rows(rows, x, ldx, place, pairs, length, f, b, target, ldo, tag, stored)
 
 
 @products
