@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Segments, Slab
-from lorikeet.kernels.cpu_products import AVAILABLE, STEP, dot_columns
+from lorikeet.kernels.cpu_products import AVAILABLE, STEP, dot_columns, dot_rows
 from lorikeet.kernels.cpu_runtime import (
     SERIAL,
     at,
@@ -31,6 +31,7 @@ from lorikeet.kernels.cpu_runtime import (
 from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, dot, dot_1x4, dot_4x4, share
 from lorikeet.types import SiteGroup
 
+STRETCH = 8192  # columns of sums of a few rows: 32 KB
 FIELDS = 11  # of an entry: first row, rows, rank, A, stride A, B, stride B, place of u, d_out, offset in y, site
 
 
@@ -40,6 +41,9 @@ def shrink_entry(e, begin, end, rows, x, ldx, d_in, u, act, slab):
     row_of = at(rows + 8 * e[0], I0)
     n, a, stride = e[1], e[3], e[4]
     if size(act) == 2 and size(slab) == 2 and d_in % STEP == 0 and AVAILABLE:
+        if n == 1:
+            dot_rows(begin, end, x + row_of[0] * ldx, a, stride, d_in // STEP, u + 4 * e[7])
+            return
         dot_columns(begin, end, n, x, ldx, rows + 8 * e[0], a, stride, d_in // STEP, u + 4 * e[7], I0 + 4, 4 * n)
         return
     rank_row = begin
@@ -72,8 +76,18 @@ def round_into(y, total, scale, n, act):
 
 
 @device_function
+def columns_of(n, d_out):
+    """Columns that one task of the expand takes.
+
+    Many rows share what was read of B, so their sums are kept to a tile each. A few rows wait for memory: they take
+    long stretches of B, which the processor fetches ahead of us.
+    """
+    return min(d_out, STRETCH if n < 4 else TILE)
+
+
+@device_function
 def expand_entry(e, begin, end, rows, y, ldy, u, totals, scale, act, slab):
-    """Columns [begin, end) of one entry, at most TILE of them, for all its batch rows."""
+    """Columns [begin, end) of one entry, as many as `columns_of` says, for all its batch rows."""
     row_of = at(rows + 8 * e[0], I0)
     n, rank, stride, width = e[1], e[2], e[6], end - begin
     columns = e[5] + begin * size(slab)
@@ -82,11 +96,11 @@ def expand_entry(e, begin, end, rows, y, ldy, u, totals, scale, act, slab):
     while i < n:
         count = 4 if i + 4 <= n else 1
         zeroed = at(totals, F0)
-        for j in range(count * TILE):
+        for j in range(width if count == 1 else count * TILE):
             zeroed[j] = F0
         weights = u + 4 * (e[7] + i)
         r = 0
-        while r + 4 <= rank:
+        while n >= 4 and r + 4 <= rank:  # fewer rows wait for memory: for them B is read in one stream
             if count == 4:
                 add_4x4(totals, weights + 4 * r * n, n, columns + r * stride, stride, width, slab)
             else:
@@ -123,7 +137,8 @@ def list_entries(entries, start, adapters, segments, sites, n_sites, table, tabl
                 count += 1
                 floats += rank * n
                 shrink_work += rank * (n + 2)
-                expand_work += -(-d_out // TILE) * rank * (n + 2)
+                columns = columns_of(n, d_out)
+                expand_work += -(-d_out // columns) * columns * rank * (n + 2)
     return count, floats, shrink_work, expand_work
 
 
@@ -140,17 +155,18 @@ def shrink_share(low, high, entries, count, rows, x, ldx, d_in, u, act, slab):
 
 @device_function
 def expand_share(low, high, entries, count, rows, y, ldy, u, scale, act, slab):
-    totals = np.empty(4 * TILE, np.float32)
+    totals = np.empty(max(4 * TILE, STRETCH), np.float32)
     scales = at(scale, F0)
     begun = 0
     for i in range(count):
         e = entries[i]
-        unit, tiles = (e[1] + 2) * e[2], -(-e[8] // TILE)
+        columns = columns_of(e[1], e[8])
+        unit, tiles = columns * (e[1] + 2) * e[2], -(-e[8] // columns)
         begin, end = share(low, high, begun, unit, tiles)
         begun += tiles * unit
         for tile in range(begin, end):
-            stop = min((tile + 1) * TILE, e[8])
-            expand_entry(e, tile * TILE, stop, rows, y, ldy, u, totals.ctypes.data, scales[e[10]], act, slab)
+            stop = min((tile + 1) * columns, e[8])
+            expand_entry(e, tile * columns, stop, rows, y, ldy, u, totals.ctypes.data, scales[e[10]], act, slab)
     hold(totals)
 
 
@@ -165,7 +181,7 @@ def lowrank_kernel(
     )
     scratch = np.empty(floats, np.float32)
     u = scratch.ctypes.data
-    if shrink_work * d_in + expand_work * TILE < SERIAL:
+    if shrink_work * d_in + expand_work < SERIAL:
         parts = 1
     use_threads(parts)
     for part in numba.prange(parts):

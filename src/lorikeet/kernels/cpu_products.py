@@ -22,6 +22,7 @@ from numba.core import cgutils
 from torch import Tensor
 
 from lorikeet.kernels.cpu_runtime import (
+    at,
     device_function,
     hold,
     kernel,
@@ -80,7 +81,7 @@ def _store(builder: Any, value: Any, address: Any, align: int) -> None:
 def _prefetch(builder: Any, address: Any) -> None:
     pointer = builder.inttoptr(address, I8.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 2, 1))])  # read, second level, data
 
 
@@ -88,6 +89,13 @@ def _broadcast(builder: Any, scalar: Any) -> Any:
     empty = ir.Constant(PAIRS, ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(I32, 0))
     return builder.shuffle_vector(first, empty, ir.Constant(PAIRS, [0] * LANES))
+
+
+def _total(builder: Any, sums: Any) -> Any:
+    """The sum of a register's numbers."""
+    kind = ir.FunctionType(F32, (F32, SUMS))
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(function, (ir.Constant(F32, -0.0), sums), fastmath=("reassoc",))
 
 
 def _sum_over(builder: Any, steps: Any, initial: list[Any], body: Any) -> list[Any]:
@@ -127,8 +135,8 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, scale, bias, out, ld
     """out[rows, PANEL] = x[rows, 2 pairs] . panel [pairs, PANEL, 2] * scale [PANEL] + bias [PANEL] (float32 both).
 
     Addresses and strides in bytes; `rows` is a literal. Types by tag: `tag` of out, `stored` of the panel (bf16, which
-    has no scale, or int8). With `ahead` a number of bytes that is not the literal 0, what lies so far behind the panel is
-    called into the cache meanwhile.
+    has no scale, or int8). Unless `ahead` is the literal 0, what lies so many bytes behind the panel is called into the
+    cache meanwhile.
     """
     if not isinstance(rows, types.IntegerLiteral):
         return None
@@ -201,16 +209,40 @@ def dot_tile(typing_context, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld
             return result
 
         sums = _sum_over(builder, steps, [ZERO] * (n * m), body)
-        kind = ir.FunctionType(F32, (F32, SUMS))
-        total = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
         for row in range(n):
             target = builder.add(out, builder.mul(ld_row, ir.Constant(I64, row)))
             for c in range(m):
-                value = builder.call(total, (ir.Constant(F32, -0.0), sums[row * m + c]), fastmath=("reassoc",))
+                value = _total(builder, sums[row * m + c])
                 _store(builder, value, builder.add(target, builder.mul(ld_column, ir.Constant(I64, c))), 4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9, rows, columns), generate
+
+
+@literal_intrinsic
+def dot_run(typing_context, x, row, turns, registers):
+    """x . row (float32) over `turns` (at least one) times `registers` (a literal) times STEP numbers, in one stream."""
+    if not isinstance(registers, types.IntegerLiteral):
+        return None
+    count = registers.literal_value
+
+    def generate(context, builder, signature, arguments):
+        x, row, turns = arguments[:3]
+
+        def body(turn, sums):
+            offset = builder.mul(turn, ir.Constant(I64, 4 * LANES * count))
+            result = []
+            for i, total in enumerate(sums):
+                places = [_plus(builder, builder.add(start, offset), 4 * LANES * i) for start in (x, row)]
+                result.append(_add_products(builder, total, *(_load(builder, place, PAIRS, 2) for place in places)))
+            return result
+
+        sums = _sum_over(builder, turns, [ZERO] * count, body)
+        while len(sums) > 1:
+            sums = [builder.fadd(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        return _total(builder, sums[0])
+
+    return types.float32(*[types.int64] * 3, registers), generate
 
 
 @products
@@ -273,6 +305,22 @@ def dot_columns(begin, end, rows, x, ldx, row_of, weight, ldw, steps, out, ld_ro
                 dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 1, 1)
             row += 1
         column += 4 if four else 1
+
+
+@products
+def dot_rows(begin, end, x, weight, ldw, steps, out):
+    """out[begin:end] = x . rows [begin, end) of the weight, which are read one after another.
+
+    One row of x waits for memory: whole rows in turn are a stream that the processor fetches ahead of us.
+    """
+    whole, rest, numbers = steps // 4, steps % 4, at(out, np.float32(0))
+    for row in range(begin, end):
+        place, total = weight + row * ldw, np.float32(0)
+        if whole > 0:
+            total += dot_run(x, place, whole, 4)
+        if rest > 0:
+            total += dot_run(x + whole * 256, place + whole * 256, rest, 1)
+        numbers[row] = total
 
 
 @kernel
