@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tests import fixtures
 
 import lorikeet
+from lorikeet.engine import llm as llm_module
 from lorikeet.errors import ConfigError, InvalidRequestError, NotFoundError
 from lorikeet.kernels.precision import native_bf16_products
 from lorikeet.types import SamplingParams
@@ -55,6 +57,29 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers_and_peft(llm: Any,
         clear = top.values[:, 0] - top.values[:, 1] > 1e-4
         assert (torch.tensor(done.tokens) == top.indices[:, 0])[clear].all()
         assert (done.prompt_tokens, done.finish_reason in ("stop", "length")) == (len(ids), True)
+
+
+def test_an_adapter_is_read_again_only_when_its_files_changed(
+    llm: Any, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    compile_adapter = llm_module.compile_adapter
+
+    def compiled(folder: Path, *rest: Any) -> Any:
+        read.append(folder)
+        return compile_adapter(folder, *rest)
+
+    monkeypatch.setattr(llm_module, "compile_adapter", compiled)
+    copy, other = tmp_path / "copy", folders[1] / "adapter-03"
+    shutil.copytree(folders[1] / "adapter-02", copy)
+    first = llm.generate(PROMPTS[:1], adapters=str(copy), sampling=GREEDY)[0]
+    assert llm.generate(PROMPTS[:1], adapters=str(copy), sampling=GREEDY)[0].logprobs == first.logprobs
+    assert read == [copy]
+    for file in other.iterdir():
+        shutil.copy(file, copy)
+    replaced = llm.generate(PROMPTS[:1], adapters=str(copy), sampling=GREEDY)[0]
+    assert read == [copy, copy] and replaced.logprobs != first.logprobs
+    assert replaced.logprobs == llm.generate(PROMPTS[:1], adapters=str(other), sampling=GREEDY)[0].logprobs
 
 
 def test_text_stops_and_choices(llm: Any) -> None:

@@ -19,6 +19,7 @@ from lorikeet.types import AdapterInfo, EngineStats, Event, FinishReason, Reques
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what is in a folder
 T = TypeVar("T")
 
 
@@ -61,6 +62,7 @@ class LLM:
         if self._root is not None and not self._root.is_dir():
             raise ConfigError(f"adapters: {self._root} is not a folder", param="adapters")
         self._submitted = 0
+        self._known: dict[Path, tuple[Signature, AdapterInfo]] = {}  # by folder, as it was then
 
     # --- text and tokens --------------------------------------------------------------------------------------
 
@@ -193,20 +195,29 @@ class LLM:
         )
 
     def _register(self, names: Sequence[str | None]) -> list[str | None]:
-        """Compile what is used for the first time; the digest of each."""
-        infos: dict[str | None, AdapterInfo] = {}
+        """Compile what is used for the first time, or was written anew since; the digest of each."""
+        digests: dict[str | None, str] = {}
         for name in dict.fromkeys(names):
             if name is not None:
-                infos[name] = compile_adapter(
-                    self._folder(name),
-                    self.engine.spec,
-                    self.engine.base,
-                    self.engine.sizes.adapter_dtype_name,
-                    cache_folder() / "compiled",
-                    self.config.allow_lock_mismatch,
-                )
-                self.engine.register(infos[name])
-        return [infos[name].digest if name is not None else None for name in names]
+                digests[name] = self._compiled(self._folder(name)).digest
+        return [digests.get(name) for name in names]
+
+    def _compiled(self, folder: Path) -> AdapterInfo:
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        signature = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+        key = folder.resolve()
+        if key not in self._known or self._known[key][0] != signature:
+            info = compile_adapter(
+                folder,
+                self.engine.spec,
+                self.engine.base,
+                self.engine.sizes.adapter_dtype_name,
+                cache_folder() / "compiled",
+                self.config.allow_lock_mismatch,
+            )
+            self.engine.register(info)
+            self._known[key] = (signature, info)
+        return self._known[key][1]
 
 
 class _Job:
