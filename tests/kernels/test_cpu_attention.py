@@ -15,7 +15,7 @@ from lorikeet.kernels.cpu import CpuOps
 from lorikeet.kernels.reference import ReferenceOps
 
 DTYPES = (torch.float32, torch.bfloat16)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6}  # one step of values of 2 to 4
 HEADS = st.sampled_from(((1, 1, 8), (4, 2, 16), (5, 5, 64), (7, 1, 32), (14, 2, 24), (40, 1, 20), (3, 3, 80)))
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache
+from lorikeet.kernels.cpu_heads import add_values, score_keys
+from lorikeet.kernels.cpu_products import AVAILABLE, STEP
 from lorikeet.kernels.cpu_runtime import (
     SERIAL,
     at,
@@ -30,11 +32,14 @@ from lorikeet.kernels.cpu_runtime import (
     size,
     tag_of,
     use_threads,
+    widen,
 )
 from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, dot, dot_1x4, dot_4x4
 
 I32 = np.int32(0)
+U16 = np.uint16(0)
 KEYS = 128  # keys of one tile
+LISTED = KEYS + 8  # entries of a list of keys, some to spare
 ROWS = 32  # (query, head) rows of one task, at most
 EVERYTHING = 1 << 40  # a window that hides nothing
 MINUS_INFINITY = np.float32(-np.inf)
@@ -138,29 +143,102 @@ def attend_tile(first, rows, begin, end, task, source, table, scratch, log2_scal
 
 
 @device_function
+def weigh_halves(scores, begin, end, count, log2_scale, state, total, d, weights):
+    """As `weigh`, for scores that lie side by side; the weights of all `count` keys are written as bf16.
+
+    What is summed is the rounded weight, which is what multiplies the value.
+    """
+    s, row, out, w = at(scores, F0), at(state, F0), at(total, F0), at(weights, U16)
+    for j in range(count):
+        w[j] = U16
+    if begin >= end:
+        return
+    largest = row[0]
+    for j in range(begin, end):
+        largest = maximum(largest, s[j])
+    summed = F0
+    for j in range(begin, end):
+        weight = exp2((s[j] - largest) * log2_scale)
+        rounded = narrow(weight, U16)
+        w[j] = rounded
+        summed += widen(rounded)
+    if largest != row[0]:
+        kept = exp2((row[0] - largest) * log2_scale)
+        for i in range(d):
+            out[i] *= kept
+        row[1] *= kept
+        row[0] = largest
+    row[1] += summed
+
+
+@device_function
+def list_keys(begin, end, source, table, lists):
+    """Addresses of the keys and of the values [begin, end), and of the last one three times more."""
+    k, k_block, k_slot, v, v_block, v_slot, block_size = source
+    blocks, keys, values = at(table, I32), at(lists, I0), at(lists + 8 * LISTED, I0)
+    p = begin
+    while p < end:
+        block, slot = np.int64(blocks[p // block_size]), p % block_size
+        count = min(block_size - slot, end - p)
+        key, value = k + block * k_block + slot * k_slot, v + block * v_block + slot * v_slot
+        for i in range(count):
+            keys[p - begin + i], values[p - begin + i] = key + i * k_slot, value + i * v_slot
+        p += count
+    for i in range(end - begin, end - begin + 3):
+        keys[i], values[i] = keys[end - begin - 1], values[end - begin - 1]
+
+
+@device_function
+def attend_halves(first, rows, begin, end, task, lists, scratch, log2_scale, d):
+    """As `attend_tile`, by products of bf16; `lists` are the addresses of what begins at key `begin`."""
+    q, states, totals, scores = scratch
+    position, flat, group, window = task
+    weights, count = scores + 16 * LISTED, end - begin
+    padded = (count + 1) // 2 * 2
+    score_keys(q + 8 * first, lists, (count + 3) // 4 * 4, d, scores, 4 * LISTED)
+    for i in range(4):
+        row = first + min(i, rows - 1)
+        at_position = position + (flat + row) // group
+        low, high = max(at_position - window + 1 - begin, 0), min(at_position + 1, end) - begin
+        if i >= rows:
+            high = low  # a row too many: no weight
+        state, total = states + 8 * row, totals + 4 * TILE * row
+        weigh_halves(scores + 4 * LISTED * i, low, high, padded, log2_scale, state, total, d, weights + 2 * LISTED * i)
+    add_values(weights, 2 * LISTED, lists + 8 * LISTED, padded // 2, d, totals + 4 * TILE * first, 4 * TILE)
+
+
+@device_function
 def attend_task(n, task, q_base, ldq, out_base, ldo, source, table, scratch, log2_scale, d, act):
     """Attention of `n` flat rows (query, head) of one kv head: row r is head `r % group` of query `r // group`.
 
     `task` is (position of the sequence's first query, first flat row, heads in the group, window).
     """
-    q, states, totals, _ = scratch
+    q, states, totals, scores = scratch
     position, flat, group, window = task
     address, state = at(q, I0), at(states, F0)
+    halves = size(act) == 2 and AVAILABLE and d % STEP == 0
+    lists = scores + 24 * LISTED
     for i in range(n):
         address[i] = q_base + (flat + i) // group * ldq + (flat + i) % group * d * size(act)
         state[2 * i], state[2 * i + 1] = MINUS_INFINITY, F0
         total = at(totals + 4 * TILE * i, F0)
         for j in range(d):
             total[j] = F0
+    for i in range(n, (n + 3) // 4 * 4):
+        address[i] = address[0]
     last = position + (flat + n - 1) // group
     tile = max(position + flat // group - window + 1, 0)
     while tile <= last:
         stop = min(tile + KEYS, last + 1)
+        if halves:
+            list_keys(tile, stop, source, table, lists)
         for first in range(0, n, 4):
             rows = min(4, n - first)
             begin = max(position + (flat + first) // group - window + 1, tile)
             end = min(position + (flat + first + rows - 1) // group + 1, stop)
-            if begin < end:
+            if begin < end and halves:
+                attend_halves(first, rows, begin, end, task, lists + 8 * (begin - tile), scratch, log2_scale, d)
+            elif begin < end:
                 attend_tile(first, rows, begin, end, task, source, table, scratch, log2_scale, d, act)
         tile = stop
     for i in range(n):
@@ -196,7 +274,7 @@ def attend_share(low, high, tasks, count, query_start, kv_len, group, window, q,
     start, length = at(query_start, I32), at(kv_len, I32)
     k, k_block, k_slot, v, v_block, v_slot, block_size = source
     addresses = np.empty(ROWS, np.int64)
-    floats = np.empty(2 * ROWS + ROWS * TILE + 4 * KEYS, np.float32)
+    floats = np.empty(2 * ROWS + ROWS * TILE + 10 * LISTED, np.float32)
     states = floats.ctypes.data
     totals = states + 8 * ROWS
     scratch = (addresses.ctypes.data, states, totals, totals + 4 * ROWS * TILE)

@@ -53,7 +53,7 @@ def products(function):
     return device_function(function if AVAILABLE else lambda *arguments: None)
 
 
-def _add_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+def add_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     """sums[i] + a[2i] b[2i] + a[2i + 1] b[2i + 1]"""
     kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
     return builder.call(ir.InlineAsm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v"), [sums, a, b])
@@ -64,17 +64,17 @@ def _rounded(builder: Any, sums: Any) -> Any:
     return builder.call(ir.InlineAsm(ir.FunctionType(HALVES, [SUMS]), "vcvtneps2bf16 $1, $0", "=v,v"), [sums])
 
 
-def _plus(builder: Any, address: Any, offset: int) -> Any:
+def plus(builder: Any, address: Any, offset: int) -> Any:
     return builder.add(address, ir.Constant(I64, offset)) if offset else address
 
 
-def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+def load(builder: Any, address: Any, kind: Any, align: int) -> Any:
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = align
     return value
 
 
-def _store(builder: Any, value: Any, address: Any, align: int) -> None:
+def store(builder: Any, value: Any, address: Any, align: int) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
@@ -85,7 +85,7 @@ def _prefetch(builder: Any, address: Any) -> None:
     builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 2, 1))])  # read, second level, data
 
 
-def _broadcast(builder: Any, scalar: Any) -> Any:
+def broadcast(builder: Any, scalar: Any) -> Any:
     empty = ir.Constant(PAIRS, ir.Undefined)
     first = builder.insert_element(empty, scalar, ir.Constant(I32, 0))
     return builder.shuffle_vector(first, empty, ir.Constant(PAIRS, [0] * LANES))
@@ -98,7 +98,7 @@ def _total(builder: Any, sums: Any) -> Any:
     return builder.call(function, (ir.Constant(F32, -0.0), sums), fastmath=("reassoc",))
 
 
-def _sum_over(builder: Any, steps: Any, initial: list[Any], body: Any) -> list[Any]:
+def sum_over(builder: Any, steps: Any, initial: list[Any], body: Any) -> list[Any]:
     """The sums after `steps` (at least one) turns of a loop: body(step, sums) gives the next ones."""
     entry, loop, done = builder.block, builder.append_basic_block("step"), builder.append_basic_block("done")
     builder.branch(loop)
@@ -120,7 +120,7 @@ def _sum_over(builder: Any, steps: Any, initial: list[Any], body: Any) -> list[A
 
 def _widened(builder: Any, address: Any) -> Any:
     """32 int8 as bf16, which holds them exactly."""
-    octets = _load(builder, address, ir.VectorType(I8, 2 * LANES), 1)
+    octets = load(builder, address, ir.VectorType(I8, 2 * LANES), 1)
     floats = []
     for first in (0, LANES):
         lanes = ir.Constant(PAIRS, list(range(first, first + LANES)))
@@ -146,38 +146,38 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, scale, bias, out, ld
     def generate(context, builder, signature, arguments):
         x, ldx, panel, pairs, ahead, scale, bias, out, ldo = arguments[:9]
         row_at = [builder.add(x, builder.mul(ldx, ir.Constant(I64, row))) for row in range(count)]
-        shift = [_load(builder, _plus(builder, bias, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
+        shift = [load(builder, plus(builder, bias, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
 
         def body(step, sums):
             width = 1 if int8 else 2
             place = builder.add(panel, builder.mul(step, ir.Constant(I64, 2 * PANEL * width)))
-            at_register = [_plus(builder, place, 2 * LANES * width * v) for v in range(WIDE)]
+            at_register = [plus(builder, place, 2 * LANES * width * v) for v in range(WIDE)]
             for line in range(width if prefetch else 0):
-                _prefetch(builder, _plus(builder, builder.add(place, ahead), 64 * line))
+                _prefetch(builder, plus(builder, builder.add(place, ahead), 64 * line))
             if int8:
                 weights = [_widened(builder, address) for address in at_register]
             else:
-                weights = [_load(builder, address, PAIRS, 4) for address in at_register]
+                weights = [load(builder, address, PAIRS, 4) for address in at_register]
             inputs = [builder.add(at_row, builder.mul(step, ir.Constant(I64, 4))) for at_row in row_at]
             result = []
             for row, address in enumerate(inputs):
-                pair = _broadcast(builder, _load(builder, address, I32, 2))
+                pair = broadcast(builder, load(builder, address, I32, 2))
                 for v in range(WIDE):
-                    result.append(_add_products(builder, sums[row * WIDE + v], weights[v], pair))
+                    result.append(add_products(builder, sums[row * WIDE + v], weights[v], pair))
             return result
 
-        sums = _sum_over(builder, pairs, [ZERO] * (count * WIDE) if int8 else shift * count, body)
+        sums = sum_over(builder, pairs, [ZERO] * (count * WIDE) if int8 else shift * count, body)
         if int8:
-            factor = [_load(builder, _plus(builder, scale, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
+            factor = [load(builder, plus(builder, scale, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
             sums = [builder.fadd(builder.fmul(s, factor[i % WIDE]), shift[i % WIDE]) for i, s in enumerate(sums)]
         for row in range(count):
             target = builder.add(out, builder.mul(ldo, ir.Constant(I64, row)))
             for v in range(WIDE):
                 total = sums[row * WIDE + v]
                 if halves:
-                    _store(builder, _rounded(builder, total), _plus(builder, target, 2 * LANES * v), 2)
+                    store(builder, _rounded(builder, total), plus(builder, target, 2 * LANES * v), 2)
                 else:
-                    _store(builder, total, _plus(builder, target, 4 * LANES * v), 4)
+                    store(builder, total, plus(builder, target, 4 * LANES * v), 4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4, ahead, *[types.int64] * 4, rows, tag, stored), generate
@@ -195,25 +195,25 @@ def dot_tile(typing_context, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld
 
     def generate(context, builder, signature, arguments):
         x, ldx, row_of, weight, ldw, steps, out, ld_row, ld_column = arguments[:9]
-        numbers = [_load(builder, _plus(builder, row_of, 8 * row), I64, 8) for row in range(n)]
+        numbers = [load(builder, plus(builder, row_of, 8 * row), I64, 8) for row in range(n)]
         row_at = [builder.add(x, builder.mul(ldx, number)) for number in numbers]
         column_at = [builder.add(weight, builder.mul(ldw, ir.Constant(I64, c))) for c in range(m)]
 
         def body(step, sums):
             offset = builder.mul(step, ir.Constant(I64, 64))
-            weights = [_load(builder, builder.add(place, offset), PAIRS, 2) for place in column_at]
+            weights = [load(builder, builder.add(place, offset), PAIRS, 2) for place in column_at]
             result = []
             for row, place in enumerate(row_at):
-                pairs = _load(builder, builder.add(place, offset), PAIRS, 2)
-                result += [_add_products(builder, sums[row * m + c], weights[c], pairs) for c in range(m)]
+                pairs = load(builder, builder.add(place, offset), PAIRS, 2)
+                result += [add_products(builder, sums[row * m + c], weights[c], pairs) for c in range(m)]
             return result
 
-        sums = _sum_over(builder, steps, [ZERO] * (n * m), body)
+        sums = sum_over(builder, steps, [ZERO] * (n * m), body)
         for row in range(n):
             target = builder.add(out, builder.mul(ld_row, ir.Constant(I64, row)))
             for c in range(m):
                 value = _total(builder, sums[row * m + c])
-                _store(builder, value, builder.add(target, builder.mul(ld_column, ir.Constant(I64, c))), 4)
+                store(builder, value, builder.add(target, builder.mul(ld_column, ir.Constant(I64, c))), 4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 9, rows, columns), generate
@@ -233,11 +233,11 @@ def dot_run(typing_context, x, row, turns, registers):
             offset = builder.mul(turn, ir.Constant(I64, 4 * LANES * count))
             result = []
             for i, total in enumerate(sums):
-                places = [_plus(builder, builder.add(start, offset), 4 * LANES * i) for start in (x, row)]
-                result.append(_add_products(builder, total, *(_load(builder, place, PAIRS, 2) for place in places)))
+                places = [plus(builder, builder.add(start, offset), 4 * LANES * i) for start in (x, row)]
+                result.append(add_products(builder, total, *(load(builder, place, PAIRS, 2) for place in places)))
             return result
 
-        sums = _sum_over(builder, turns, [ZERO] * count, body)
+        sums = sum_over(builder, turns, [ZERO] * count, body)
         while len(sums) > 1:
             sums = [builder.fadd(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
         return _total(builder, sums[0])

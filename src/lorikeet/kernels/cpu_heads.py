@@ -1,0 +1,145 @@
+"""The two products of attention on bf16 keys and values, four query rows at a time (see `cpu_products`).
+
+Keys and values are found through lists of addresses, so that a tile does not care which blocks they lie in.
+"""
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from lorikeet.kernels.cpu_products import (
+    I32,
+    I64,
+    LANES,
+    PAIRS,
+    STEP,
+    SUMS,
+    ZERO,
+    add_products,
+    broadcast,
+    load,
+    plus,
+    products,
+    store,
+    sum_over,
+)
+from lorikeet.kernels.cpu_runtime import literal_intrinsic
+
+HALVES = ir.VectorType(ir.IntType(16), 2 * LANES)
+# Interleaving two rows of 32 bf16 works in quarters of a register: these put the sums of both results in order again.
+FIRST = [lane + quarter * 4 + half * LANES for quarter in (0, 1) for half in (0, 1) for lane in range(4)]
+SECOND = [lane + quarter * 4 + half * LANES for quarter in (2, 3) for half in (0, 1) for lane in range(4)]
+
+
+def _shuffled(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _totals(builder: Any, sums: list[Any]) -> Any:
+    """The totals of 16 registers in one, in their order: halves are added pair by pair, four times."""
+    width = LANES
+    while len(sums) > 1:
+        groups = [range(start, start + width) for start in range(0, 2 * LANES, width)]
+        low = [lane for group in groups for lane in group[: width // 2]]
+        high = [lane for group in groups for lane in group[width // 2 :]]
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        sums = [builder.fadd(_shuffled(builder, a, b, low), _shuffled(builder, a, b, high)) for a, b in pairs]
+        width //= 2
+    return sums[0]
+
+
+@literal_intrinsic
+def score_tile(typing_context, queries, keys, steps, out, ldo):
+    """out[row, key] (float32, rows `ldo` bytes apart) = q . k for 4 queries and 4 keys, `steps` times STEP numbers.
+
+    `queries` and `keys` are the addresses of 4 addresses each.
+    """
+
+    def generate(context, builder, signature, arguments):
+        queries, keys, steps, out, ldo = arguments
+        query_at = [load(builder, plus(builder, queries, 8 * i), I64, 8) for i in range(4)]
+        key_at = [load(builder, plus(builder, keys, 8 * i), I64, 8) for i in range(4)]
+
+        def body(step, sums):
+            offset = builder.mul(step, ir.Constant(I64, 2 * STEP))
+            k = [load(builder, builder.add(place, offset), PAIRS, 2) for place in key_at]
+            q = [load(builder, builder.add(place, offset), PAIRS, 2) for place in query_at]
+            return [add_products(builder, sums[4 * i + j], q[i], k[j]) for i in range(4) for j in range(4)]
+
+        totals = _totals(builder, sum_over(builder, steps, [ZERO] * 16, body))
+        for i in range(4):
+            row = _shuffled(builder, totals, totals, list(range(4 * i, 4 * i + 4)))
+            store(builder, row, builder.add(out, builder.mul(ldo, ir.Constant(I64, i))), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@literal_intrinsic
+def value_tile(typing_context, weights, ldw, values, pairs, column, totals, ldt, halves):
+    """totals[row, :32 halves] += sum over 2 `pairs` keys of weights[row, key] (bf16) * v[column:], for 4 rows.
+
+    `values` is the address of the values' addresses, `column` an offset in bytes into each; `halves` is a literal.
+    """
+    if not isinstance(halves, types.IntegerLiteral):
+        return None
+    count = halves.literal_value
+    low = [lane for start in range(0, 2 * LANES, 8) for i in range(start, start + 4) for lane in (i, i + 2 * LANES)]
+    high = [lane + 4 for lane in low]
+
+    def generate(context, builder, signature, arguments):
+        weights, ldw, values, pairs, column, totals, ldt = arguments[:7]
+        weights_at = [builder.add(weights, builder.mul(ldw, ir.Constant(I64, row))) for row in range(4)]
+        totals_at = [builder.add(totals, builder.mul(ldt, ir.Constant(I64, row))) for row in range(4)]
+
+        def body(pair, sums):
+            places = builder.add(values, builder.mul(pair, ir.Constant(I64, 16)))
+            rows_at = [builder.add(load(builder, plus(builder, places, 8 * i), I64, 8), column) for i in (0, 1)]
+            interleaved = []
+            for half in range(count):
+                a, b = (load(builder, plus(builder, place, 2 * STEP * half), HALVES, 2) for place in rows_at)
+                for lanes in (low, high):
+                    interleaved.append(builder.bitcast(_shuffled(builder, a, b, lanes), PAIRS))
+            result = []
+            for row, place in enumerate(weights_at):
+                address = builder.add(place, builder.mul(pair, ir.Constant(I64, 4)))
+                weight = broadcast(builder, load(builder, address, I32, 2))
+                for i, value in enumerate(interleaved):
+                    result.append(add_products(builder, sums[row * 2 * count + i], value, weight))
+            return result
+
+        for row, sums in enumerate(_chunks(sum_over(builder, pairs, [ZERO] * (8 * count), body), 2 * count)):
+            for i in range(0, 2 * count, 2):
+                for part, lanes in enumerate((FIRST, SECOND)):
+                    place = plus(builder, totals_at[row], 4 * LANES * (i + part))
+                    total = builder.fadd(load(builder, place, SUMS, 4), _shuffled(builder, sums[i], sums[i + 1], lanes))
+                    store(builder, total, place, 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7, halves), generate
+
+
+def _chunks(values: list[Any], size: int) -> list[list[Any]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+@products
+def score_keys(queries, keys, count, d, out, ldo):
+    """Scores of 4 queries with `count` keys, a multiple of 4."""
+    for j in range(0, count, 4):
+        score_tile(queries, keys + 8 * j, d // STEP, out + 4 * j, ldo)
+
+
+@products
+def add_values(weights, ldw, values, pairs, d, totals, ldt):
+    """totals[4, d] += weights[4, 2 pairs] . values."""
+    column = 0
+    while column + 64 <= d:
+        value_tile(weights, ldw, values, pairs, 2 * column, totals + 4 * column, ldt, 2)
+        column += 64
+    if column < d:
+        value_tile(weights, ldw, values, pairs, 2 * column, totals + 4 * column, ldt, 1)
