@@ -85,13 +85,18 @@ def load(name: str) -> Any:
 
 
 def load_pools() -> dict[str, dict[str, list[str]]]:
-    """Each pool as {split: values}; the fourth, eighth, ... value is for the test rows."""
-    pools = {}
+    """Each pool as {split: values}; the fourth, eighth, ... value of `pools.yaml` is for the test rows.
+
+    Values of `pools_train.yaml` come after them, all for the training rows, and none of them is a test value.
+    """
+    pools, more = {}, load("pools_train")
     for name, text in load("pools").items():
         values = [value.strip() for value in re.split(";" if ";" in text else ",", text)]
+        added = [value.strip() for value in more.get(name, "").split(",") if value.strip()]
         if len(set(values)) != len(values):
             raise ValueError(f"pool {name} has repeated values: {sorted(v for v in values if values.count(v) > 1)}")
-        pools[name] = {"train": [v for i, v in enumerate(values) if i % 4 != 3], "test": values[3::4]}
+        train = [value for i, value in enumerate(values) if i % 4 != 3]
+        pools[name] = {"train": train + [v for v in added if v not in values], "test": values[3::4]}
     return pools
 
 
@@ -243,7 +248,7 @@ def casual(rng: random.Random, text: str, extras: bool, names: tuple[str, ...] =
 def intent_rows(split: str, rng: random.Random) -> list[Row]:
     values, seen, rows = Values(split, rng), set[str](), []
     grammar = load("intent")
-    counts = quota(TEST_ROWS if split == "test" else 44 * len(grammar), len(grammar))
+    counts = quota(TEST_ROWS if split == "test" else 66 * len(grammar), len(grammar))
     for count, (label, section) in zip(counts, grammar.items(), strict=True):
 
         def make(index: int, template: str, label: str = label) -> Row:
@@ -265,7 +270,7 @@ def entities_rows(split: str, rng: random.Random) -> list[Row]:
         return Row({"text": text, "entities": fields, "template": f"{split}/{index}"}, slots)
 
     templates = lines(load("entities")[split])
-    return list(collect(TEST_ROWS if split == "test" else 1100, templates, make, "text", set()))
+    return list(collect(TEST_ROWS if split == "test" else 4800, templates, make, "text", set()))
 
 
 def argument(name: str, value: str) -> str | int | float:
@@ -280,7 +285,7 @@ def calls_rows(split: str, rng: random.Random) -> list[Row]:
     values, seen, rows = Values(split, rng), set[str](), []
     slot_of = {"to": "person", "text": "said", "title": "title_of_event"}
     grammar = load("calls")
-    counts = quota(TEST_ROWS if split == "test" else 110 * len(grammar), len(grammar))
+    counts = quota(TEST_ROWS if split == "test" else 220 * len(grammar), len(grammar))
     for count, (function, section) in zip(counts, grammar.items(), strict=True):
 
         def make(index: int, template: str, function: str = function, section: Any = section) -> Row:
@@ -307,7 +312,7 @@ def orders(fields: dict[str, str], split: str) -> list[tuple[str, ...]]:
 def describe_rows(split: str, rng: random.Random) -> list[Row]:
     values, seen, rows = Values(split, rng), set[str](), []
     grammar = load("describe")
-    counts = quota(TEST_ROWS if split == "test" else 100 * len(grammar), len(grammar))
+    counts = quota(TEST_ROWS if split == "test" else 200 * len(grammar), len(grammar))
     for count, (kind, section) in zip(counts, grammar.items(), strict=True):
         fields = section["fields"]
         templates = lines(section[split])
@@ -371,7 +376,7 @@ def sentiment_rows(split: str, rng: random.Random) -> list[Row]:
         text, slots = values.fill(text.replace("{thing}", f"{{{section['thing']}}}"))
         return Row({"text": casual(rng, text, False), "label": label, "template": "+".join(names)}, slots)
 
-    for label, count in zip(labels, quota(TEST_ROWS if split == "test" else 1500, 3), strict=True):
+    for label, count in zip(labels, quota(TEST_ROWS if split == "test" else 3000, 3), strict=True):
         rows += collect(count, [f"{label}/{domain}" for domain in grammar["domains"]], make, "text", seen)
     return rows
 
@@ -402,7 +407,7 @@ def sql_rows(split: str, rng: random.Random) -> list[Row]:
     values, seen, rows = Values(split, rng), set[str](), []
     grammar = load("sql")
     tables = [Table.parse(line) for line in lines(grammar["tables"][split])]
-    counts = quota(TEST_ROWS if split == "test" else 80 * len(grammar["patterns"]), len(grammar["patterns"]))
+    counts = quota(TEST_ROWS if split == "test" else 160 * len(grammar["patterns"]), len(grammar["patterns"]))
     for count, (pattern, section) in zip(counts, grammar["patterns"].items(), strict=True):
 
         def make(index: int, template: str, pattern: str = pattern, section: Any = section) -> Row:

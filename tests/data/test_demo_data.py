@@ -26,7 +26,7 @@ from lorikeet.template import Template
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "src" / "lorikeet" / "data" / "demo"
 TASKS = ("intent", "entities", "calls", "describe", "sentiment", "sql")
-TRAIN_ROWS = {"intent": 1100, "entities": 1100, "calls": 880, "describe": 800, "sentiment": 1500, "sql": 960}
+TRAIN_ROWS = {"intent": 1650, "entities": 4800, "calls": 1760, "describe": 1600, "sentiment": 3000, "sql": 1920}
 INPUTS = {"describe": ("facts",), "sql": ("schema", "question")}
 Rows = list[dict[str, Any]]
 
