@@ -25,6 +25,7 @@ from lorikeet.errors import AdapterError, LockMismatchError
 from lorikeet.types import BaseIdentity
 
 CONFIG, WEIGHTS, LOCK = "adapter_config.json", "adapter_model.safetensors", "lorikeet.json"
+Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what makes an adapter
 Side = Literal["A", "B"]
 Array = NDArray[np.float32]
 Number = TypeVar("Number", int, float)
@@ -170,6 +171,20 @@ def content_hash(config: LoraConfig, tensors: Mapping[tuple[str, Side], tuple[Te
         digest.update(msgspec.msgpack.encode(meaning))
         digest.update(raw)
     return digest.hexdigest()
+
+
+def signature_of(folder: Path) -> Signature | None:
+    """Changes when the adapter's files are replaced; None when the folder holds no adapter."""
+    parts = []
+    for name in (CONFIG, WEIGHTS, LOCK):
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            if name == CONFIG:
+                return None
+            continue
+        parts.append((name, stat.st_mtime_ns, stat.st_size))
+    return tuple(parts)
 
 
 def read_config(folder: Path) -> LoraConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorikeet.adapters.compiled import compile_adapter
-from lorikeet.adapters.files import CONFIG, read_lock
+from lorikeet.adapters.files import CONFIG, Signature, read_lock, signature_of
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
 from lorikeet.errors import ConfigError, InvalidRequestError, LorikeetError, NotFoundError
@@ -19,7 +19,6 @@ from lorikeet.types import AdapterInfo, EngineStats, Event, FinishReason, Reques
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
-Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what is in a folder
 T = TypeVar("T")
 
 
@@ -62,7 +61,7 @@ class LLM:
         if self._root is not None and not self._root.is_dir():
             raise ConfigError(f"adapters: {self._root} is not a folder", param="adapters")
         self._submitted = 0
-        self._known: dict[Path, tuple[Signature, AdapterInfo]] = {}  # by folder, as it was then
+        self._known: dict[Path, tuple[Signature | None, AdapterInfo]] = {}  # by folder, as it was then
 
     # --- text and tokens --------------------------------------------------------------------------------------
 
@@ -203,9 +202,7 @@ class LLM:
         return [digests.get(name) for name in names]
 
     def _compiled(self, folder: Path) -> AdapterInfo:
-        files = sorted(file for file in folder.iterdir() if file.is_file())
-        signature = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-        key = folder.resolve()
+        signature, key = signature_of(folder), folder.resolve()
         if key not in self._known or self._known[key][0] != signature:
             info = compile_adapter(
                 folder,

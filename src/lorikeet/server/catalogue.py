@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorikeet.adapters.files import CONFIG, LOCK, WEIGHTS
+from lorikeet.adapters.files import CONFIG, Signature, signature_of
 from lorikeet.errors import ConfigError, NotFoundError
 
 log = logging.getLogger("lorikeet.catalogue")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RESCAN_SECONDS = 1.0
-Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what makes the adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ class Catalogue:
         if now - self._checked.get(found.name, float("-inf")) < RESCAN_SECONDS:
             return found
         self._checked[found.name] = now
-        signature = _signature(found.folder)
+        signature = signature_of(found.folder)
         if signature is None:
             del self._folders[found.name]
             return None
@@ -104,7 +103,7 @@ class Catalogue:
         refusals: dict[str, Refusal] = {}
         for name, claimed in claims.items():
             reason = self._objection(name, claimed)
-            signature = None if reason else _signature(claimed[0])
+            signature = None if reason else signature_of(claimed[0])
             if reason:
                 refusals[name] = Refusal(name, reason, tuple(claimed))
             elif signature is not None:
@@ -148,17 +147,3 @@ def adapter_folders(root: Path) -> Iterator[Path]:
         names[:] = sorted(name for name in names if not name.startswith("."))
         if CONFIG in files:
             yield Path(path)
-
-
-def _signature(folder: Path) -> Signature | None:
-    """None when the folder holds no adapter any more."""
-    parts = []
-    for name in (CONFIG, WEIGHTS, LOCK):
-        try:
-            stat = (folder / name).stat()
-        except OSError:
-            if name == CONFIG:
-                return None
-            continue
-        parts.append((name, stat.st_mtime_ns, stat.st_size))
-    return tuple(parts)

@@ -6,11 +6,11 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lorikeet.adapters.files import Lock, read_lock
+from lorikeet.adapters.files import Lock, Signature, read_lock
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import InvalidRequestError, LorikeetError
 from lorikeet.model.tokenizer import Tokenizer
-from lorikeet.server.catalogue import AdapterFolder, Catalogue, Refusal, Signature
+from lorikeet.server.catalogue import AdapterFolder, Catalogue, Refusal
 from lorikeet.template import Template
 from lorikeet.types import AdapterInfo
 
