@@ -94,6 +94,8 @@ class Engine:
         base = sources.identify(folder, config.model)
         sizes = choose_sizes(config, spec, dtype)
         ops = kernels.pick(device, dtype, sizes.adapter_dtype)
+        first = weights.layers[0].o  # all linear layers are held alike: one product compiles theirs
+        ops.linear(first, torch.zeros(1, first.shape[1], dtype=dtype))
         engine = cls(spec, base, weights, ops, sizes, config)
         log.info(
             "%s (%s) ready in %.1f s: %s, context %d, %d sequences, cache %.0f MiB (%d tokens), adapters %.0f MiB %s",

@@ -8,7 +8,7 @@ from torch import Tensor
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.cpu_attention import BatchArguments, attention
 from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray, lowrank_add
-from lorikeet.kernels.cpu_products import warm as warm_products
+from lorikeet.kernels.cpu_products import STEP
 from lorikeet.kernels.cpu_rows import add_rms_norm, logits, rms_norm_heads, rope, silu_mul
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.kernels.weight import DenseWeight, PanelWeight, Weight
@@ -25,14 +25,15 @@ class CpuOps(ReferenceOps):
 
     def warm(self, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
         """Run every kernel once for activations in `dtype` and a slab in `adapter_dtype`, so that it is compiled, or
-        loaded from the cache of compiled kernels, before the first request. Raises TypeError for other dtypes."""
-        warm_products()
+        loaded from the cache of compiled kernels, before the first request. The product of a weight depends on what
+        the weight is held as: whoever holds one runs that. Raises TypeError for other dtypes."""
         x, angles, weight = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), torch.zeros(1, dtype=dtype)
         heads = torch.zeros(1, 1, 2, dtype=dtype)
         self.add_rms_norm(x, x, weight, 1e-5)
         self.silu_mul(heads[0])
         self.rope(heads, angles, angles)
-        self.logits(DenseWeight(x), x)
+        for width in (1, STEP):  # the head's own kernel takes whole steps only
+            self.logits(DenseWeight(x.new_zeros(1, width)), x.new_zeros(1, width))
         site = Site(0, 0, "o", 1, 1)
         slab = Slab(torch.zeros(2, dtype=adapter_dtype), torch.tensor([[[0, 1, 1, 1, 1]]]), torch.ones(1, 1))
         segments = Segments(torch.zeros(1, dtype=torch.int64), [0, 1], [0], True)

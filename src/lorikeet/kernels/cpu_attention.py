@@ -86,12 +86,25 @@ def sum_run(totals, rows, values, value_stride, count, d, weights, act):
 
 
 @device_function
+def take_in(largest, summed, log2_scale, state, total, d):
+    """Bring a row's sums to the new maximum, and add the tile's weights to theirs. `state` is (maximum, sum)."""
+    row, out = at(state, F0), at(total, F0)
+    if largest != row[0]:
+        kept = exp2((row[0] - largest) * log2_scale)
+        for i in range(d):
+            out[i] *= kept
+        row[1] *= kept
+        row[0] = largest
+    row[1] += summed
+
+
+@device_function
 def weigh(scores, begin, end, count, log2_scale, state, total, d):
     """Turn one row's scores of a tile into weights, and rescale its sums to the new maximum.
 
     Only keys [begin, end) of the tile's `count` are visible. `state` is (maximum, sum of weights).
     """
-    s, row, out = at(scores, F0), at(state, F0), at(total, F0)
+    s, row = at(scores, F0), at(state, F0)
     for j in range(begin):
         s[4 * j] = F0
     for j in range(end, count):
@@ -106,13 +119,7 @@ def weigh(scores, begin, end, count, log2_scale, state, total, d):
         weight = exp2((s[4 * j] - largest) * log2_scale)
         s[4 * j] = weight
         summed += weight
-    if largest != row[0]:
-        kept = exp2((row[0] - largest) * log2_scale)
-        for i in range(d):
-            out[i] *= kept
-        row[1] *= kept
-        row[0] = largest
-    row[1] += summed
+    take_in(largest, summed, log2_scale, state, total, d)
 
 
 @device_function
@@ -148,7 +155,7 @@ def weigh_halves(scores, begin, end, count, log2_scale, state, total, d, weights
 
     What is summed is the rounded weight, which is what multiplies the value.
     """
-    s, row, out, w = at(scores, F0), at(state, F0), at(total, F0), at(weights, U16)
+    s, row, w = at(scores, F0), at(state, F0), at(weights, U16)
     for j in range(count):
         w[j] = U16
     if begin >= end:
@@ -162,13 +169,7 @@ def weigh_halves(scores, begin, end, count, log2_scale, state, total, d, weights
         rounded = narrow(weight, U16)
         w[j] = rounded
         summed += widen(rounded)
-    if largest != row[0]:
-        kept = exp2((row[0] - largest) * log2_scale)
-        for i in range(d):
-            out[i] *= kept
-        row[1] *= kept
-        row[0] = largest
-    row[1] += summed
+    take_in(largest, summed, log2_scale, state, total, d)
 
 
 @device_function

@@ -374,12 +374,3 @@ def dot_linear(x: Tensor, weight: Tensor) -> Tensor:
         out.data_ptr(), columns * 4, share_threads(),
     )  # fmt: skip
     return out
-
-
-def warm() -> None:
-    """Run both products once, so that they are compiled, or loaded from the cache, before the first request."""
-    if AVAILABLE:
-        x = torch.zeros(1, STEP, dtype=torch.bfloat16)
-        dot_linear(x, x)
-        for dtype in (torch.bfloat16, torch.float32):
-            panel_linear(x, to_panels(x.expand(PANEL, STEP)), torch.ones(PANEL), torch.zeros(PANEL), dtype)

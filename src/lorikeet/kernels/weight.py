@@ -95,7 +95,7 @@ class PackedWeight:
 class PanelWeight:
     """W in bf16, in panels of 32 outputs that our own kernel reads, whatever the number of rows: the only copy.
 
-    Against oneDNN's packed products it takes 0.75 to 0.95 of the time, from 1 row to 512 (`benchmarks/kernels.py`).
+    Against oneDNN's packed products it takes 0.75 to 0.95 of the time, from 1 row to 512 (docs/log.md).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
