@@ -26,7 +26,8 @@ class HttpClients:
     def __init__(self, url: str) -> None:
         key = os.environ.get("LORIKEET_API_KEY")
         headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        # A new connection for each request: llama.cpp's server closes one after each stream and does not say so.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._runner = asyncio.Runner()
         self._http = httpx.AsyncClient(base_url=url, timeout=600, limits=limits, headers=headers)
 

@@ -128,15 +128,23 @@ def test_files_are_made_once_and_every_token_that_is_generated_shows(cache: Path
 
 @contextmanager
 def scripted_server(lines: list[str], status: int = 200) -> Iterator[str]:
-    """Every completion is these lines."""
+    """Every completion is these lines; a second request on a connection is not answered."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        answered = False
+
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
+            if self.answered:
+                self.close_connection = True
+                return
+            self.answered = True
             self.send_response(status)
+            self.send_header("transfer-encoding", "chunked")
             self.end_headers()
-            for line in lines:
-                self.wfile.write(f"data: {line}\n\n".encode())
+            for data in [*(f"data: {line}\n\n" for line in lines), ""]:
+                self.wfile.write(f"{len(data):x}\r\n{data}\r\n".encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -172,6 +180,16 @@ def test_streams_are_counted_by_the_servers_account() -> None:
     said = played([chunk("ab"), chunk(""), chunk("c"), chunk("d"), USAGE, "[DONE]"], new=4)
     assert said["tokens"] == 8 and said["ttft_p50"] > 0
     assert played([chunk("a"), chunk("b"), "[DONE]"], new=2)["tokens"] == 4
+
+
+def test_each_request_has_a_connection_of_its_own() -> None:
+    with scripted_server([chunk("a"), chunk("b"), "[DONE]"]) as url:
+        clients = HttpClients(url)
+        try:
+            assert clients.run([[([1, 2], {}), ([3, 4], {})]], 2)["tokens"] == 4
+            assert clients.run([[([5, 6], {})]], 2)["tokens"] == 2
+        finally:
+            clients.close()
 
 
 @pytest.mark.parametrize(
