@@ -122,7 +122,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     ops, reference = CpuOps(), ReferenceOps()
-    ops.warm(DTYPE, DTYPE)
     heads = options.hidden // 64
     cases = [
         lowrank_case(ops, reference, 32, options.hidden, 16),

@@ -187,8 +187,7 @@ class Offline:
     def start(self, model: str, settings: Json) -> Json:
         from lorikeet import LLM, kernels
 
-        dtype = choose_dtype(settings.get("dtype", "auto"))
-        kernels.pick("cpu", dtype)  # libraries and compiled kernels are in memory before the model is
+        kernels.pick("cpu")  # libraries are in memory before the model is
         libraries = resident(os.getpid())
         began = time.perf_counter()
         self.llm = LLM(model, **settings)

@@ -27,7 +27,7 @@ from lorikeet.errors import InvalidRequestError, NotFoundError
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model import sources
 from lorikeet.model import weights as model_weights
-from lorikeet.model.decoder import DecoderWeights, Ops
+from lorikeet.model.decoder import DecoderWeights, ServingOps
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, BaseIdentity, EngineStats, Event, Request, SamplingParams
 
@@ -46,7 +46,7 @@ class Engine:
         spec: ModelSpec,
         base: BaseIdentity,
         weights: DecoderWeights,
-        ops: Ops,
+        ops: ServingOps,
         sizes: Sizes,
         config: EngineConfig,
         open_adapter: Callable[[Path], CompiledAdapter] = open_compiled,
@@ -78,6 +78,7 @@ class Engine:
             block_size=config.block_size,
             max_seqs=config.max_seqs,
             max_context=sizes.max_context,
+            step_tokens=config.step_tokens,
             dtype=sizes.dtype,
         )
 
@@ -93,10 +94,8 @@ class Engine:
         spec, weights = model_weights.load(folder, dtype, choose_weights(config, dtype))
         base = sources.identify(folder, config.model)
         sizes = choose_sizes(config, spec, dtype)
-        ops = kernels.pick(device, dtype, sizes.adapter_dtype)
-        first = weights.layers[0].o  # all linear layers are held alike: one product compiles theirs
-        ops.linear(first, torch.zeros(1, first.shape[1], dtype=dtype))
-        engine = cls(spec, base, weights, ops, sizes, config)
+        engine = cls(spec, base, weights, kernels.pick(device), sizes, config)
+        engine._runner.warm()
         log.info(
             "%s (%s) ready in %.1f s: %s, context %d, %d sequences, cache %.0f MiB (%d tokens), adapters %.0f MiB %s",
             base.name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from lorikeet.engine.scheduler import Outcome, Plan, SlotLoad
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.errors import LorikeetError
 from lorikeet.kernels.batch import Batch, LayerCache, Segments
-from lorikeet.model.decoder import DecoderWeights, Ops, forward
+from lorikeet.model.decoder import DecoderWeights, ServingOps, forward
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import ScheduledSequence, TokenLogprob
 
@@ -64,23 +65,24 @@ class Runner:
         self,
         spec: ModelSpec,
         weights: DecoderWeights,
-        ops: Ops,
+        ops: ServingOps,
         slab: AdapterSlab,
         *,
         blocks: int,
         block_size: int,
         max_seqs: int,
         max_context: int,
+        step_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.spec, self.weights, self.ops, self.slab = spec, weights, ops, slab
-        self.block_size, self.device = block_size, torch.device(device)
+        self.slab, self.block_size, self.device = slab, block_size, torch.device(device)
         shape = (blocks, block_size, spec.num_kv_heads, spec.head_dim)
         self.cache = [
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(spec.num_layers)
         ]
+        self._forward = ops.prepare(partial(forward, spec, weights), slab.slab, self.cache, step_tokens)
         self._tokens = np.zeros((max_seqs, max_context + 1), np.int64)
         self._blocks = np.zeros((max_seqs, -(-max_context // block_size)), np.int32)
         self._handle = np.full(max_seqs, -1, np.int64)
@@ -94,6 +96,14 @@ class Runner:
         )
         self._logprobs = np.full(max_seqs, -1, np.int64)  # top logprobs asked for, -1: none at all
         self._prompt_logprobs = np.full(max_seqs, -1, np.int64)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Run one token with an adapter of rank 0, before there are requests, so that no request waits for a kernel to
+        be compiled: seconds the first time, then loaded from a cache."""
+        one, none = np.ones(1, np.int64), np.zeros(1, np.int64)
+        rows = _Rows(none, none, one, none, one.astype(np.bool_), none, none)
+        self._forward(self._batch(rows)[0])
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:
@@ -126,7 +136,7 @@ class Runner:
     def _step(self, plan: Plan, outcome: Outcome) -> None:
         rows = self._arrange(plan.sequences)
         batch, sampled, scored = self._batch(rows)
-        logits = forward(self.spec, self.weights, batch, self.ops, self.slab.slab, self.cache)
+        logits = self._forward(batch)
         if len(scored.slot):
             self._score(logits, scored, outcome)
         if len(sampled):

@@ -7,24 +7,18 @@ from typing import TYPE_CHECKING
 from lorikeet.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
-    from lorikeet.model.decoder import Ops
+    from lorikeet.model.decoder import ServingOps
 
 
-def pick(device: str, dtype: torch.dtype | None = None, adapter_dtype: torch.dtype | None = None) -> Ops:
+def pick(device: str) -> ServingOps:
     """The kernels for a device: `cpu`, or `reference` (plain torch, slow, the oracle of the others).
 
-    With `dtype` (of activations) and `adapter_dtype` (of the slab, `dtype` when None) they come compiled, so that no
-    request waits for it: seconds the first time, then loaded from a cache. Raises ConfigError for other devices.
+    Raises ConfigError for other devices.
     """
     if device == "cpu":
         from lorikeet.kernels.cpu import CpuOps
 
-        ops = CpuOps()
-        if dtype is not None:
-            ops.warm(dtype, adapter_dtype or dtype)
-        return ops
+        return CpuOps()
     if device == "reference":
         from lorikeet.kernels.reference import ReferenceOps
 

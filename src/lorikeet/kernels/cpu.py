@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.cpu_attention import BatchArguments, attention
 from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray, lowrank_add
-from lorikeet.kernels.cpu_products import STEP
+from lorikeet.kernels.cpu_record import NotRecordable, Program
 from lorikeet.kernels.cpu_rows import add_rms_norm, logits, rms_norm_heads, rope, silu_mul
-from lorikeet.kernels.reference import ReferenceOps
+from lorikeet.kernels.reference import Forward, ReferenceOps, Step
 from lorikeet.kernels.weight import DenseWeight, PanelWeight, Weight
-from lorikeet.types import Site, SiteGroup
+from lorikeet.types import SiteGroup
+
+log = logging.getLogger(__name__)
 
 
 class CpuOps(ReferenceOps):
@@ -23,25 +28,13 @@ class CpuOps(ReferenceOps):
         self._batch: BatchArguments | None = None
         self._sites: dict[int, SiteArray] = {}
 
-    def warm(self, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
-        """Run every kernel once for activations in `dtype` and a slab in `adapter_dtype`, so that it is compiled, or
-        loaded from the cache of compiled kernels, before the first request. The product of a weight depends on what
-        the weight is held as: whoever holds one runs that. Raises TypeError for other dtypes."""
-        x, angles, weight = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), torch.zeros(1, dtype=dtype)
-        heads = torch.zeros(1, 1, 2, dtype=dtype)
-        self.add_rms_norm(x, x, weight, 1e-5)
-        self.silu_mul(heads[0])
-        self.rope(heads, angles, angles)
-        for width in (1, STEP):  # the head's own kernel takes whole steps only
-            self.logits(DenseWeight(x.new_zeros(1, width)), x.new_zeros(1, width))
-        site = Site(0, 0, "o", 1, 1)
-        slab = Slab(torch.zeros(2, dtype=adapter_dtype), torch.tensor([[[0, 1, 1, 1, 1]]]), torch.ones(1, 1))
-        segments = Segments(torch.zeros(1, dtype=torch.int64), [0, 1], [0], True)
-        self.lowrank_add(x, x, slab, SiteGroup((site,), (0,)), segments)
-        one, zero = torch.ones(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-        start, slot = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-        cache = LayerCache(heads.clone().unsqueeze(0), heads.clone().unsqueeze(0))
-        self.attention(heads, heads, heads, Batch(slot, slot, start, one, 1, 1, zero, slot), cache, None)
+    def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
+        """A recorded program, one launch a step, where there are kernels for all of it; else kernel by kernel."""
+        try:
+            return Program(forward, slab, cache, rows)
+        except NotRecordable as reason:
+            log.info("kernels are launched one by one: programs do not take %s", reason)
+            return super().prepare(forward, slab, cache, rows)
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         """A plain head is read as it lies. A packed fp32 product is unrounded already; oneDNN's bf16 is unpacked."""

@@ -273,15 +273,22 @@ def panel_rows(rows, x, ldx, panel, pairs, length, scale, bias, out, ldo, tag, s
         panel_tile(x, ldx, panel, pairs, length, scale, bias, out, ldo, 12, tag, stored)
 
 
+@products
+def panel_share(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored):
+    """The panels that one of `parts` threads multiplies."""
+    length = pairs * 2 * PANEL * size(stored)
+    for panel in range(panels * part // parts, panels * (part + 1) // parts):
+        column = panel * PANEL
+        place, target = weight + panel * length, out + column * size(tag)
+        f, b = scale + 4 * column, bias + 4 * column
+        panel_rows(rows, x, ldx, place, pairs, length, f, b, target, ldo, tag, stored)
+
+
 @kernel
 def panel_kernel(rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, parts, tag, stored):
     use_threads(parts)
     for part in numba.prange(parts):
-        for panel in range(panels * part // parts, panels * (part + 1) // parts):
-            length, column = pairs * 2 * PANEL * size(stored), panel * PANEL
-            place, target = weight + panel * length, out + column * size(tag)
-            f, b = scale + 4 * column, bias + 4 * column
-            panel_rows(rows, x, ldx, place, pairs, length, f, b, target, ldo, tag, stored)
+        panel_share(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored)
 
 
 @products
@@ -323,16 +330,22 @@ def dot_rows(begin, end, x, weight, ldw, steps, out):
         numbers[row] = total
 
 
+@products
+def dot_share(part, parts, rows, x, ldx, numbers, weight, ldw, columns, steps, out, ldo):
+    """The rows of a weight that one of `parts` threads multiplies, with all rows of x; `numbers` are 0, 1, 2, ..."""
+    begin, end = columns // 4 * part // parts * 4, columns // 4 * (part + 1) // parts * 4
+    if part == parts - 1:
+        end = columns
+    dot_columns(begin, end, rows, x, ldx, numbers, weight, ldw, steps, out, ldo, np.int64(4))
+
+
 @kernel
 def dot_kernel(rows, x, ldx, weight, ldw, columns, steps, out, ldo, parts):
     row_of = np.arange(rows)
     numbers = row_of.ctypes.data
     use_threads(parts)
     for part in numba.prange(parts):
-        begin, end = columns // 4 * part // parts * 4, columns // 4 * (part + 1) // parts * 4
-        if part == parts - 1:
-            end = columns
-        dot_columns(begin, end, rows, x, ldx, numbers, weight, ldw, steps, out, ldo, np.int64(4))
+        dot_share(part, parts, rows, x, ldx, numbers, weight, ldw, columns, steps, out, ldo)
     hold(row_of)
 
 

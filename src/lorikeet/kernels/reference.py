@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,11 +13,18 @@ from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.weight import Weight
 from lorikeet.types import SiteGroup
 
+Forward = Callable[[Batch, Any, Any, Sequence[LayerCache]], Tensor]  # batch, kernels, adapters, cache -> logits
+Step = Callable[[Batch], Tensor]
+
 
 class ReferenceOps:
     """The set of kernels that `model.decoder` is given. Works in any float dtype, fp64 included."""
 
     inplace = True  # lowrank_add may write into y; the differentiable twins set this to False
+
+    def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
+        """The forward pass over this slab and cache as these kernels run it best, for batches of up to `rows` rows."""
+        return lambda batch: forward(batch, self, slab, cache)
 
     def linear(self, weight: Weight, x: Tensor) -> Tensor:
         """x [T, d_in] -> [T, d_out]."""
@@ -45,6 +55,10 @@ class ReferenceOps:
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         """tokens [T] -> [T, hidden]."""
         return F.embedding(tokens, table)
+
+    def take(self, table: Tensor, index: Tensor) -> Tensor:
+        """Rows [N, d] of a table [R, d], or of a result, by index [N]."""
+        return table[index]
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(normed, x + residual): the residual stream is summed first, both [T, hidden]. Statistics in fp32."""

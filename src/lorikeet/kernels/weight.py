@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,15 @@ class Weight(Protocol):
     def row_norms(self) -> Tensor:
         """Euclidean norm of each row of W, fp32 [d_out]."""
         ...
+
+
+class Panels(NamedTuple):
+    """W as our own product reads it (see `cpu_products`): [d_out / 32, d_in / 2, 32, 2] in bf16 or int8, and by output
+    a scale (int8 only) and a shift, fp32 [d_out]."""
+
+    stored: Tensor
+    scale: Tensor
+    shift: Tensor
 
 
 class DenseWeight:
@@ -101,8 +110,8 @@ class PanelWeight:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         from lorikeet.kernels.cpu_products import to_panels
 
-        self._panels = to_panels(weight.detach())
-        self._shift = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float()
+        shift = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float()
+        self.panels = Panels(to_panels(weight.detach()), shift, shift)
         self.bias = bias
 
     @staticmethod
@@ -113,19 +122,19 @@ class PanelWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        panels, pairs, outputs, _ = self._panels.shape
+        panels, pairs, outputs, _ = self.panels.stored.shape
         return (panels * outputs, pairs * 2)
 
     def linear(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """As of every weight; with `dtype` float32 the result is not rounded."""
         from lorikeet.kernels.cpu_products import panel_linear
 
-        return panel_linear(x, self._panels, self._shift, self._shift, dtype)
+        return panel_linear(x, *self.panels, dtype)
 
     def dequantised(self) -> Tensor:
         from lorikeet.kernels.cpu_products import from_panels
 
-        return from_panels(self._panels)
+        return from_panels(self.panels.stored)
 
     def row_norms(self) -> Tensor:
         norms: Tensor = self.dequantised().float().norm(dim=1)
@@ -142,31 +151,30 @@ class Int8Weight:
         self.dtype, self.bias = weight.dtype, bias
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
         wide = weight.detach().float()
-        self._scale = wide.abs().amax(1).clamp(min=1e-30) / 127
-        plain = (wide / self._scale[:, None]).round_().to(torch.int8)
-        self._panelled = PanelWeight.available(weight)
-        if self._panelled:
+        scale = wide.abs().amax(1).clamp(min=1e-30) / 127
+        plain = (wide / scale[:, None]).round_().to(torch.int8)
+        shift = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float()
+        self._plain, self.panels = Panels(plain, scale, shift), None
+        if PanelWeight.available(weight):
             from lorikeet.kernels.cpu_products import to_panels
 
-            plain = to_panels(plain)
-        self._stored = plain
-        self._shift = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float()
+            self.panels = self._plain = Panels(to_panels(plain), scale, shift)
 
     def linear(self, x: Tensor) -> Tensor:
-        if self._panelled:
+        if self.panels is not None:
             from lorikeet.kernels.cpu_products import panel_linear
 
-            return panel_linear(x, self._stored, self._scale, self._shift, x.dtype)
-        y = torch._weight_int8pack_mm(x, self._stored, self._scale.to(x.dtype))
+            return panel_linear(x, *self.panels, x.dtype)
+        y = torch._weight_int8pack_mm(x, self._plain.stored, self._plain.scale.to(x.dtype))
         return y if self.bias is None else y.add_(self.bias)
 
     def dequantised(self) -> Tensor:
-        stored = self._stored
-        if self._panelled:
+        stored, scale, _ = self._plain
+        if self.panels is not None:
             from lorikeet.kernels.cpu_products import from_panels
 
             stored = from_panels(stored)
-        return (stored.float() * self._scale[:, None]).to(self.dtype)
+        return (stored.float() * scale[:, None]).to(self.dtype)
 
     def row_norms(self) -> Tensor:
         norms: Tensor = self.dequantised().float().norm(dim=1)

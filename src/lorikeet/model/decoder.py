@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from lorikeet.kernels.batch import Batch, LayerCache, Segments
+from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.weight import Weight
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import SiteGroup
@@ -24,6 +24,7 @@ class Ops(Protocol):
     def logits(self, weight: Weight, x: Tensor) -> Tensor: ...
     def lowrank_add(self, y: Tensor, x: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor: ...
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor: ...
+    def take(self, table: Tensor, index: Tensor) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
@@ -31,6 +32,14 @@ class Ops(Protocol):
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
     ) -> Tensor: ...
+
+
+class ServingOps(Ops, Protocol):
+    """Kernels that an engine runs on: they may choose how a whole forward pass is carried out."""
+
+    def prepare(
+        self, forward: Callable[..., Tensor], slab: Slab, cache: Sequence[LayerCache], rows: int
+    ) -> Callable[[Batch], Tensor]: ...
 
 
 @dataclass(slots=True)
@@ -80,7 +89,7 @@ def forward(
         y = ops.linear(weight, x)
         return y if segments is None else ops.lowrank_add(y, x, adapters, group, segments)
 
-    cos, sin = weights.rope_cos[batch.positions], weights.rope_sin[batch.positions]
+    cos, sin = ops.take(weights.rope_cos, batch.positions), ops.take(weights.rope_sin, batch.positions)
     residual: Tensor | None = None
     x = ops.embed(weights.embed, batch.tokens)
     for i, layer in enumerate(weights.layers):
@@ -95,11 +104,12 @@ def forward(
         attended = ops.attention(q, k, v, batch, None if cache is None else cache[i], spec.window(i))
         if i == spec.num_layers - 1 and wanted is not None:
             # Keys and values were the last that the other rows were for.
-            attended, residual, segments = attended[wanted], residual[wanted], batch.logit_segments
+            attended, residual, segments = ops.take(attended, wanted), ops.take(residual, wanted), batch.logit_segments
         x = project(layer.o, attended, group["o"])
         h, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, spec.norm_eps)
         x = project(layer.down, ops.silu_mul(project(layer.gate_up, h, group["gate_up"])), group["down"])
     if batch.logit_rows is not None and wanted is None:
-        x, residual = x[batch.logit_rows], residual[batch.logit_rows] if residual is not None else None
+        assert residual is not None
+        x, residual = ops.take(x, batch.logit_rows), ops.take(residual, batch.logit_rows)
     h, _ = ops.add_rms_norm(x, residual, weights.norm, spec.norm_eps)
     return ops.logits(weights.head, h)

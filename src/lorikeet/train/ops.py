@@ -122,6 +122,9 @@ class TrainOps:
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, table)
 
+    def take(self, table: Tensor, index: Tensor) -> Tensor:
+        return table[index]
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         return self.add_rms_norm(rows, None, weight, eps)[0].view(x.shape)

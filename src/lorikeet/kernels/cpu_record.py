@@ -1,0 +1,275 @@
+"""Recording a forward pass: the decoder runs once on empty tensors, and what it asks for becomes a program.
+
+A step of many small kernels is bounded by what launching them costs. So the decoder, written in kernels as it is, is
+run once by a `Recorder`, whose kernels compute nothing: they choose where their results will be and write down what
+to do. `Program` carries that out in one launch, whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
+from lorikeet.kernels.cpu_attention import EVERYTHING, BatchArguments
+from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray
+from lorikeet.kernels.cpu_products import AVAILABLE, STEP, STORED
+from lorikeet.kernels.cpu_program import BY_ROW_LAST, WIDTH, Code, Field, program_kernel
+from lorikeet.kernels.cpu_rows import check_rows
+from lorikeet.kernels.cpu_runtime import TAGS
+from lorikeet.kernels.cpu_team import team
+from lorikeet.kernels.cpu_tiles import TILE
+from lorikeet.kernels.reference import Forward
+from lorikeet.kernels.weight import DenseWeight, Panels, Weight
+from lorikeet.types import SiteGroup
+
+
+class NotRecordable(Exception):
+    """The forward pass needs a kernel that programs have not; it says which."""
+
+
+class Buffers:
+    """Memory of the results, taken again once no tensor shows it.
+
+    Kept apart by shape and dtype: operations that divide the rows among the threads in the same way do not meet, and
+    then a thread may still read a row of one result while another writes a row of the next.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._held: dict[tuple[int, torch.dtype], list[Any]] = {}
+
+    def take(self, width: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor [rows, width]."""
+        arrays = self._held.setdefault((width, dtype), [])
+        for array in arrays:
+            if sys.getrefcount(array) == 3:  # the list's, the loop's and the call's own; a tensor's storage holds one
+                break
+        else:
+            array = np.empty(self.rows * width * dtype.itemsize, np.uint8)
+            arrays.append(array)
+        return torch.from_numpy(array).view(dtype).view(self.rows, width)
+
+
+class Recorder:
+    """The kernels of a forward pass that is recorded: each gives a tensor of `rows` rows and notes what to do."""
+
+    inplace = True
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.rows = batch.tokens.shape[0]
+        self.operations: list[list[int]] = []
+        self.numbers: list[float] = []
+        self.kept: list[Any] = []  # whose addresses are in the program
+        self.stored: set[torch.dtype] = set()
+        self._buffers = Buffers(self.rows)
+        self.kept.append(self._buffers)
+        self._kind = Field.TOKEN_ROWS
+
+    def _note(self, code: Code, *arguments: int, number: float = 0.0) -> None:
+        row = [int(code), int(self._kind), 1, *arguments]
+        self.operations.append(row + [0] * (WIDTH - len(row)))
+        self.numbers.append(number)
+
+    def _result(self, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return self._buffers.take(width, dtype)
+
+    def take(self, table: Tensor, index: Tensor) -> Tensor:
+        """Rows of a table, or of a result. Once the wanted rows are taken, all that follows is of these."""
+        fields = {
+            id(self.batch.tokens): Field.TOKENS,
+            id(self.batch.positions): Field.POSITIONS,
+            id(self.batch.logit_rows): Field.WANTED,
+        }
+        field = fields[id(index)]
+        if field is Field.WANTED:
+            self._kind = Field.LOGIT_ROWS
+        check_rows("take", table)
+        out, width = self._result(table.shape[1], table.dtype), table.element_size()
+        self.kept.append(table)
+        self._note(Code.TAKE, field, table.data_ptr(), table.stride(0) * width, table.shape[1] * width, out.data_ptr())
+        return out
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        return self.take(table, tokens)
+
+    def linear(self, weight: Weight, x: Tensor) -> Tensor:
+        panels: Panels | None = getattr(weight, "panels", None)
+        if panels is None:
+            raise NotRecordable(f"a linear layer held as {type(weight).__name__}")
+        self.stored.add(panels.stored.dtype)
+        self.kept.append(panels)
+        count, pairs, width, _ = panels.stored.shape
+        out = self._result(count * width)
+        self._note(
+            Code.LINEAR, x.data_ptr(), x.stride(0) * 2, panels.stored.data_ptr(), pairs, count,
+            panels.scale.data_ptr(), panels.shift.data_ptr(), out.data_ptr(), out.stride(0) * 2,
+        )  # fmt: skip
+        return out
+
+    def lowrank_add(self, y: Tensor, x: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor:
+        wanted = self.batch.logit_segments if self._kind is Field.LOGIT_ROWS else self.batch.token_segments
+        assert segments is wanted, "the segments of the rows that the kernel is for"
+        sites = SiteArray(group)
+        self.kept.append(sites)
+        arguments = (
+            y.data_ptr(), y.stride(0) * 2, x.data_ptr(), x.stride(0) * 2, x.shape[1], *sites.arguments,
+        )  # fmt: skip
+        self._note(Code.SHRINK, *arguments)
+        self._note(Code.EXPAND, *arguments)
+        return y
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        check_rows("add_rms_norm", x, weight)
+        self.kept.append(weight)
+        out = self._result(x.shape[1])
+        total = x if residual is None else self._result(x.shape[1])
+        place = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0) * 2)
+        self._note(
+            Code.NORM, x.data_ptr(), x.stride(0) * 2, 1, x.shape[1], *place, total.data_ptr(), out.data_ptr(),
+            weight.data_ptr(), number=eps,
+        )  # fmt: skip
+        return out, total
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Of the heads: x [rows, heads, d]."""
+        _, heads, d = x.shape
+        check_rows("rms_norm", x, weight)
+        self.kept.append(weight)
+        out = self._result(heads * d)
+        self._note(
+            Code.NORM, x.data_ptr(), x.stride(0) * 2, heads, d, 0, 0, 0, out.data_ptr(), weight.data_ptr(), number=eps
+        )
+        return out.view(self.rows, heads, d)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        _, heads, d = x.shape
+        check_rows("rope", cos, sin)
+        assert x.stride(1) == d and cos.stride(0) == sin.stride(0)
+        out = self._result(heads * d)
+        self._note(
+            Code.ROPE, x.data_ptr(), x.stride(0) * 2, heads, d, cos.data_ptr(), sin.data_ptr(), cos.stride(0) * 4,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out.view(self.rows, heads, d)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        d = gate_up.shape[1] // 2
+        out = self._result(d)
+        self._note(Code.SILU, gate_up.data_ptr(), gate_up.stride(0) * 2, d, out.data_ptr())
+        return out
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
+    ) -> Tensor:
+        (_, heads, d), kv_heads = q.shape, k.shape[1]
+        if cache is None or d > TILE:
+            raise NotRecordable(f"attention without a cache, or with heads of {d} (at most {TILE})")
+        assert all(part.stride(1) == d for part in (q, k, v)), "a token's heads lie dense behind one another"
+        check_rows("attention", q, k, v, cache.k, cache.v)
+        block_size = cache.k.shape[1]
+        strides = [(c.data_ptr(), c.stride(0) * 2, c.stride(1) * 2) for c in (cache.k, cache.v)]
+        head_strides = (cache.k.stride(2) * 2, cache.v.stride(2) * 2)
+        for rows, place, head_stride in zip((k, v), strides, head_strides, strict=True):
+            self._note(Code.STORE, rows.data_ptr(), rows.stride(0) * 2, *place, block_size, kv_heads, head_stride, d)
+        out = self._result(heads * d)
+        self.kept.append(cache)
+        self._note(
+            Code.ATTENTION, q.data_ptr(), q.stride(0) * 2, out.data_ptr(), heads * d * 2, kv_heads, heads // kv_heads,
+            EVERYTHING if window is None else window, *strides[0], *strides[1], block_size, *head_strides, d,
+            number=math.log2(math.e) / math.sqrt(d),
+        )  # fmt: skip
+        return out
+
+    def logits(self, weight: Weight, x: Tensor) -> Tensor:
+        if not isinstance(weight, DenseWeight) or weight.weight.dtype != torch.bfloat16 or x.shape[1] % STEP:
+            raise NotRecordable(f"a head of {x.shape[1]} inputs held as {type(weight).__name__}")
+        table = weight.weight
+        self.kept.append(table)
+        self._note(
+            Code.LOGITS, x.data_ptr(), x.stride(0) * 2, table.data_ptr(), table.stride(0) * 2, table.shape[0],
+            x.shape[1] // STEP,
+        )  # fmt: skip
+        return torch.empty(0, table.shape[0])
+
+    def finish(self) -> list[list[int]]:
+        """The operations, with a meeting after each but where the next reads only what the same thread wrote."""
+        for row, following in zip(self.operations, self.operations[1:], strict=False):
+            by_row = row[0] <= BY_ROW_LAST and following[0] <= BY_ROW_LAST and row[1] == following[1]
+            if by_row or (row[0] == Code.LINEAR and following[0] == Code.SHRINK):
+                row[2] = 0
+        return self.operations
+
+
+class Program:
+    """A recorded forward pass of up to `rows` rows. Used by one thread at a time."""
+
+    def __init__(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> None:
+        """Raises NotRecordable where this processor, or the model, needs kernels that programs do not have."""
+        if not AVAILABLE:
+            raise NotRecordable("bf16 products on a processor without AVX512-BF16")
+        recorder = Recorder(_any_batch(rows))
+        vocabulary = forward(recorder.batch, recorder, slab, cache).shape[1]
+        if len(recorder.stored) != 1:
+            raise NotRecordable(f"linear layers held as {recorder.stored}")
+        self.rows, self._slab, self._vocabulary, self._kept = rows, slab, vocabulary, recorder.kept
+        self._stored = STORED[recorder.stored.pop()]
+        self._operations = np.array(recorder.finish(), np.int64)
+        self._numbers = np.array(recorder.numbers, np.float32)
+        self._fields = np.zeros(Field.LOGIT_SEGMENTS + 4, np.int64)
+        self._parts, self._counter = team(), np.zeros(8, np.int64)
+        self._scratch = np.empty(0, np.float32)
+        self._widest = max(self._operations[self._operations[:, 0] == Code.SHRINK, 9], default=0)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Logits [L, vocabulary] (fp32) of the batch's `logit_rows`; the keys and values of its tokens are stored."""
+        assert batch.logit_rows is not None and batch.cache_slot is not None
+        tokens, wanted = batch.tokens.shape[0], batch.logit_rows.shape[0]
+        if max(tokens, wanted) > self.rows:
+            raise ValueError(f"a step of {tokens} tokens and {wanted} rows of logits; expected at most {self.rows}")
+        slab, arguments = self._slab, BatchArguments(batch)
+        out = torch.empty(wanted, self._vocabulary)
+        segments = [
+            None if part is None else SegmentArrays(part) for part in (batch.token_segments, batch.logit_segments)
+        ]
+        self._fields[:] = (
+            tokens, wanted, batch.tokens.data_ptr(), batch.positions.data_ptr(), batch.logit_rows.data_ptr(),
+            *arguments.sequences, *arguments.table, arguments.slots, out.data_ptr(),
+            slab.table.data_ptr(), slab.table.shape[1], slab.scale.data_ptr(), slab.data.data_ptr(),
+            self._room(segments[0]),
+            *((0, 0, 0, 0) if segments[0] is None else segments[0].arguments),
+            *((0, 0, 0, 0) if segments[1] is None else segments[1].arguments),
+        )  # fmt: skip
+        program_kernel(
+            self._operations.ctypes.data, len(self._operations), self._numbers.ctypes.data, self._fields.ctypes.data,
+            self._counter.ctypes.data, self._parts, TAGS[torch.bfloat16], TAGS[slab.data.dtype], self._stored,
+        )  # fmt: skip
+        return out
+
+    def _room(self, segments: SegmentArrays | None) -> int:
+        """The address of room for s A x of all rows at the sites of any one group."""
+        if segments is None:
+            return 0
+        ranks = self._slab.table.numpy()[segments.adapters, :, 4].max(1)
+        floats = int(ranks @ np.diff(segments.start)) * int(self._widest)
+        if floats > len(self._scratch):
+            self._scratch = np.empty(2 * floats, np.float32)
+        return int(self._scratch.ctypes.data)
+
+
+def _any_batch(rows: int) -> Batch:
+    """A batch in which everything is present, for a pass that looks at shapes alone."""
+    long, short = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
+    segments = [Segments(long, [0, rows], [0], True) for _ in range(2)]
+    return Batch(
+        tokens=long, positions=long.clone(), query_start=short, kv_len=short, max_query=rows, max_kv=rows,
+        block_table=short.unsqueeze(1), cache_slot=long.clone(), token_segments=segments[0], logit_rows=long.clone(),
+        logit_segments=segments[1],
+    )  # fmt: skip

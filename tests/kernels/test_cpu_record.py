@@ -1,0 +1,158 @@
+"""A recorded forward pass gives what its kernels give one by one, and says what it cannot record."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.kernels.inputs import make_batch, make_segments, make_slab
+
+from lorikeet.kernels.batch import Batch, LayerCache, Slab
+from lorikeet.kernels.cpu import CpuOps
+from lorikeet.kernels.cpu_record import Buffers, NotRecordable, Program
+from lorikeet.kernels.precision import native_bf16_products
+from lorikeet.kernels.reference import ReferenceOps
+from lorikeet.kernels.weight import DenseWeight, Int8Weight, pack
+from lorikeet.model.decoder import DecoderWeights, LayerWeights, forward
+from lorikeet.model.spec import ModelSpec
+from lorikeet.model.weights import rope_tables
+from lorikeet.types import SiteGroup
+
+needs_instruction = pytest.mark.skipif(not native_bf16_products(), reason="needs AVX512-BF16")
+PLAIN = ModelSpec(
+    family="llama", vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=32, max_context=64,
+)  # fmt: skip
+SPECS = {
+    "plain": PLAIN,
+    "biases": replace(PLAIN, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "normed heads, windows": replace(PLAIN, qk_norm=True, windows=(None, 5, 9), head_dim=16, num_heads=6),
+}
+FORMS = {"bf16": pack, "int8": Int8Weight}
+
+
+def make_weights(spec: ModelSpec, form: str, dtype: torch.dtype = torch.bfloat16) -> DecoderWeights:
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    def linear(d_out: int, d_in: int, bias: bool) -> object:
+        return FORMS[form](random(d_out, d_in), random(d_out) if bias else None)
+
+    h, m, q, kv = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
+    layers = [
+        LayerWeights(
+            attn_norm=random(h) + 1, qkv=linear(q + 2 * kv, h, spec.qkv_bias), o=linear(h, q, spec.o_bias),
+            mlp_norm=random(h) + 1, gate_up=linear(2 * m, h, spec.mlp_bias), down=linear(h, m, spec.mlp_bias),
+            q_norm=random(spec.head_dim) + 1 if spec.qk_norm else None,
+            k_norm=random(spec.head_dim) + 1 if spec.qk_norm else None,
+        )  # type: ignore[arg-type]
+        for _ in range(spec.num_layers)
+    ]  # fmt: skip
+    embed = random(spec.vocab_size, h)
+    return DecoderWeights(embed, layers, random(h) + 1, DenseWeight(embed), *rope_tables(spec))
+
+
+def make_step(
+    spec: ModelSpec, sequences: list[tuple[int, int]], adapters: list[int], seed: int, adapter_dtype: torch.dtype
+) -> tuple[Batch, Slab, list[LayerCache]]:
+    """A batch of sequences (new tokens, length), the first ones on the base, the others one on each of `adapters`."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    *_, batch, cache = make_batch(sequences, heads, 4, torch.bfloat16, generator)
+    caches = [LayerCache(cache.k.clone(), cache.v.clone()) for _ in range(spec.num_layers)]
+    total = sum(new for new, _ in sequences)
+    batch.tokens = torch.randint(0, spec.vocab_size, (total,), generator=generator)
+    wanted = batch.query_start[1:].long() - 1
+    batch.logit_rows = wanted
+    sites = tuple(site for site in spec.sites if site.layer is not None)
+    ranks = [[(site.index * 7 + handle) % 5 for site in sites] for handle in range(4)]
+    group = SiteGroup(sites, tuple(0 for _ in sites))
+    slab = make_slab(ranks, group, adapter_dtype, generator)
+    if adapters:
+        counts = [new for new, _ in sequences][-len(adapters) :]
+        batch.token_segments = make_segments(counts, total, True, generator)
+        batch.token_segments.rows += total - sum(counts)
+        batch.logit_segments = make_segments([1] * len(adapters), len(wanted), True, generator)
+        batch.logit_segments.rows += len(wanted) - len(adapters)
+        batch.token_segments.adapter = batch.logit_segments.adapter = sorted(adapters)
+    return batch, slab, caches
+
+
+def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """But for sums in another order, each rounded to bf16; what nobody wrote is NaN in both."""
+    assert torch.equal(found.isnan(), expected.isnan())
+    expected = expected.float().nan_to_num(0)
+    assert (found.float().nan_to_num(0) - expected).norm() <= 0.02 * expected.norm()
+
+
+@needs_instruction
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", SPECS)
+def test_as_kernel_by_kernel(name: str, form: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    spec = SPECS[name]
+    weights = make_weights(spec, form)
+    run = partial(forward, spec, weights)
+
+    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(
+        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 30)), min_size=1, max_size=6),
+        st.lists(st.sampled_from(range(4)), max_size=3, unique=True),
+        st.integers(0, 99),
+        st.sampled_from((torch.bfloat16, torch.float32)),
+    )
+    def check(sizes: list[tuple[int, int]], adapters: list[int], seed: int, adapter_dtype: torch.dtype) -> None:
+        adapters = adapters[: len(sizes)]
+        sequences = [(new, new + before) for new, before in sizes]
+        batch, slab, caches = make_step(spec, sequences, adapters, seed, adapter_dtype)
+        copies = [LayerCache(one.k.clone(), one.v.clone()) for one in caches]
+        program = Program(run, slab, caches, rows=130)
+        expected = ReferenceOps.prepare(CpuOps(), run, slab, copies, 130)(batch)
+        assert_alike(program(batch), expected)
+        for one, other in zip(caches, copies, strict=True):
+            assert_alike(one.k, other.k)
+            assert_alike(one.v, other.v)
+        rest = replace(batch, token_segments=None, logit_segments=None)  # the same program without adapters
+        assert_alike(program(rest), ReferenceOps.prepare(CpuOps(), run, slab, copies, 130)(rest))
+
+    check()
+
+
+@needs_instruction
+def test_too_many_rows_are_refused() -> None:
+    batch, slab, caches = make_step(PLAIN, [(9, 9)], [], 0, torch.bfloat16)
+    program = Program(partial(forward, PLAIN, make_weights(PLAIN, "bf16")), slab, caches, rows=8)
+    with pytest.raises(ValueError, match="9 tokens and 1 rows of logits; expected at most 8"):
+        program(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(dtype: torch.dtype) -> None:
+    """Weights of another form than panels, here for their dtype or for a width that is no multiple of 32."""
+    spec = PLAIN if dtype == torch.float32 else replace(PLAIN, intermediate_size=50)
+    batch, slab, caches = make_step(spec, [(9, 9)], [0], 0, torch.bfloat16)
+    caches = [LayerCache(one.k.to(dtype), one.v.to(dtype)) for one in caches]
+    run = partial(forward, spec, make_weights(spec, "bf16", dtype))
+    with pytest.raises(NotRecordable):
+        Program(run, slab, caches, rows=32)
+    step = CpuOps().prepare(run, slab, caches, 32)
+    assert step(batch).shape == (1, spec.vocab_size)
+
+
+def test_a_buffer_is_taken_again_once_nothing_shows_it() -> None:
+    buffers = Buffers(4)
+    first = buffers.take(8, torch.bfloat16)
+    half = first[:, 4:]
+    place = first.data_ptr()
+    del first
+    assert buffers.take(8, torch.bfloat16).data_ptr() != place
+    del half
+    assert buffers.take(8, torch.bfloat16).data_ptr() == place
+    assert buffers.take(16, torch.bfloat16).data_ptr() != place
