@@ -68,6 +68,14 @@ def serve(
     max_seqs: Annotated[int, typer.Option(help="Sequences that run at once.", min=1)] = 64,
     max_context: Annotated[int | None, typer.Option(help="Longest prompt + answer; default: the model's.")] = None,
     step_tokens: Annotated[int, typer.Option(help="Tokens of one step; long prompts run in chunks.", min=16)] = 1024,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompt tokens in a step beside running streams: few keep the streams even, many bring first tokens "
+            "sooner. Default: as many as lengthen a step by less than half.",
+            min=1,
+        ),
+    ] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more get a 429.", min=1)] = 1024,
     drain_seconds: Annotated[float, typer.Option(help="After SIGTERM, how long running requests may take.")] = 30.0,
     allow_lock_mismatch: Annotated[
@@ -98,6 +106,7 @@ def serve(
         max_seqs=max_seqs,
         max_context=max_context,
         step_tokens=step_tokens,
+        chunk_tokens=chunk_tokens,
         queue=queue,
         allow_lock_mismatch=allow_lock_mismatch,
         threads=threads,

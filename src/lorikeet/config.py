@@ -257,6 +257,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_seqs: int = 64
     max_context: int | None = None  # None: the model's
     step_tokens: int = 1024
+    chunk_tokens: int | None = None  # of prompts, in a step beside running streams; None: so that their gaps stay even
     queue: int = 1024
     prefix_cache: bool = True
     allow_lock_mismatch: bool = False

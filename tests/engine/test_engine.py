@@ -419,7 +419,7 @@ def test_the_base_and_adapters_are_computed_in_one_forward_pass(world: Any, monk
 
     monkeypatch.setattr(runner, "forward", counting)
     infos, requests = mixed_requests(world)
-    engine = world.engine(infos, max_seqs=12, blocks=256, step_tokens=1024)
+    engine = world.engine(infos, max_seqs=12, blocks=256, step_tokens=1024, chunk_tokens=1024)
     world.run(engine, requests)
     assert max(sizes) == 12
     assert len(sizes) <= 20

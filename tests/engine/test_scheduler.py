@@ -121,6 +121,7 @@ def test_everything_accepted_ends_with_what_it_asked_for(data: st.DataObject) ->
         slab=draw(st.integers(2, 5)),
         max_seqs=max_seqs,
         step_tokens=draw(st.integers(max_seqs, 20)),
+        chunk_tokens=draw(st.sampled_from([None, 1, 5, 20])),
         logit_rows=draw(st.integers(max_seqs + 1, 12)),
         prefix_cache=draw(st.booleans()),
         patience=draw(st.sampled_from([0, 50, 4096])),
@@ -156,6 +157,27 @@ def test_decode_goes_first_and_prompts_come_in_chunks() -> None:
     assert [(item.count, item.samples) for item in plan.sequences] == [(1, True), (7, False)]
     plan = stage.step()
     assert [(item.start, item.count) for item in plan.sequences] == [(3 + 1, 1), (7, 7)]
+
+
+def test_streams_go_on_beside_long_prompts() -> None:
+    """What is alone takes a whole step; beside streams prompts take what is free of charge, or half a step more."""
+    stage = Stage(blocks=2000, max_seqs=100, step_tokens=1000, logit_rows=200, prefix_cache=False)
+    stage.add(3, 900)
+    assert [item.count for item in stage.step().sequences] == [3]
+    stage.add(300, 50)
+    assert [item.count for item in stage.step().sequences] == [1, 23]
+    while stage.scheduler.running[-1].pending > 1:
+        stage.step()
+    for _ in range(58):
+        stage.add(1, 50)
+    assert stage.step().token_count == 2 + 22
+    while len(stage.scheduler.running) < 60:
+        stage.step()
+    stage.add(500, 1)
+    assert [item.count for item in stage.step().sequences] == [1] * 60 + [30]
+    for chunk, expected in ((7, 7), (5000, 439)):
+        stage.scheduler.chunk_tokens = chunk
+        assert stage.step().sequences[-1].count == expected
 
 
 def test_the_latest_arrival_gives_way() -> None:

@@ -65,6 +65,7 @@ class Engine:
             block_size=config.block_size,
             max_seqs=config.max_seqs,
             step_tokens=config.step_tokens,
+            chunk_tokens=config.chunk_tokens,
             logit_rows=sizes.logit_rows,
             queue=config.queue,
             prefix_cache=config.prefix_cache,

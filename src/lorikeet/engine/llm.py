@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 from lorikeet.adapters.compiled import compile_adapter
 from lorikeet.adapters.files import CONFIG, Signature, read_lock, signature_of
 from lorikeet.config import EngineConfig
@@ -54,7 +56,10 @@ class LLM:
                 f"{unknown[0]}: no such setting; known are {', '.join(EngineConfig.__struct_fields__)}",
                 param=unknown[0],
             )
-        self.config = EngineConfig(model=model, **settings)
+        config = EngineConfig(model=model, **settings)
+        if config.chunk_tokens is None:  # nobody watches the tokens come: whole prompts at once are faster
+            config = replace(config, chunk_tokens=config.step_tokens)
+        self.config = config
         self.engine = Engine.build(self.config)
         self.tokenizer = Tokenizer(find_model(model))
         self._root = None if adapters is None else Path(adapters)

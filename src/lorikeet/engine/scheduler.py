@@ -14,6 +14,9 @@ from lorikeet.engine.residency import Instruction, Place, Residency
 from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
 from lorikeet.types import ErrorInfo, Event, FinishReason, SamplingParams, ScheduledSequence, TokenLogprob
 
+FREE_TOKENS = 24  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
+LEAST_TOKENS = 8  # of prompts in a step, however many sequences decode
+
 
 @dataclass(slots=True)
 class SlotLoad:
@@ -38,6 +41,7 @@ class Plan:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     allowed: dict[int, list[int]] = field(default_factory=dict)  # slot -> the only tokens that may be sampled
     token_count: int = 0
+    token_limit: int = 0
     logit_rows: int = 0
 
 
@@ -56,7 +60,8 @@ class Scheduler:
     """Continuous batching over one block pool and one adapter slab.
 
     A step decodes every running sequence that can, then goes on with prompts in chunks, then admits waiting
-    requests, under `step_tokens` tokens and `logit_rows` rows of logits in all. When blocks run out the latest arrival
+    requests, under `step_tokens` tokens and `logit_rows` rows of logits in all. Beside sequences that decode there are
+    only `chunk_tokens` tokens of prompts, so that streams go on evenly. When blocks run out the latest arrival
     gives up its place and is recomputed later. A request whose adapter is not resident waits in its own queue.
     """
 
@@ -68,6 +73,7 @@ class Scheduler:
         block_size: int,
         max_seqs: int,
         step_tokens: int,
+        chunk_tokens: int | None = None,
         logit_rows: int,
         queue: int,
         prefix_cache: bool = True,
@@ -75,6 +81,7 @@ class Scheduler:
         assert logit_rows > max_seqs and step_tokens >= max_seqs
         self.blocks, self.residency = blocks, residency
         self.block_size, self.step_tokens, self.logit_rows = block_size, step_tokens, logit_rows
+        self.chunk_tokens = chunk_tokens
         self.max_seqs, self.queue, self.prefix_cache = max_seqs, queue, prefix_cache
         self.waiting = FairQueues()
         self.running: list[Sequence] = []  # by arrival
@@ -129,14 +136,22 @@ class Scheduler:
         """The next step. Follow it by `update` with what came of it."""
         self._now = now
         self._expire(now)
-        plan = Plan()
+        plan = Plan(token_limit=self.step_tokens)
         preempted = self.preemptions
         self._decode(plan)
+        if plan.token_count:
+            plan.token_limit = min(self.step_tokens, plan.token_count + self._beside(plan.token_count))
         self._prefill(plan)
         if self.preemptions == preempted:  # else the sequence that just gave way would come straight back
             self._admit(plan)
         plan.adapters = self.residency.instructions()
         return plan
+
+    def _beside(self, decoding: int) -> int:
+        """Prompt tokens that a step of `decoding` sequences takes with it."""
+        if self.chunk_tokens is not None:
+            return self.chunk_tokens
+        return max(FREE_TOKENS - decoding, decoding // 2, LEAST_TOKENS)
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -169,7 +184,7 @@ class Scheduler:
         """
         stuck = False  # an adapter waits for room in the slab; nobody less deserving may ask before it
         for adapter in self.waiting.turns():
-            if not self._free_slots or plan.token_count >= self.step_tokens:
+            if not self._free_slots or plan.token_count >= plan.token_limit:
                 return
             if adapter is not None:
                 place = self._place(adapter, stuck)
@@ -204,7 +219,7 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, plan: Plan) -> int:
         """How many tokens of a sequence fit into what is left of the step; those that must be scored count as rows."""
         rows = self.logit_rows - plan.logit_rows
-        count = min(sequence.pending, self.step_tokens - plan.token_count)
+        count = min(sequence.pending, plan.token_limit - plan.token_count)
         unscored = sequence.unscored
         if rows <= 0 or not unscored:
             return count if rows > 0 else 0

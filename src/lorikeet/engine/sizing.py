@@ -122,9 +122,9 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> S
 
 
 def _check_counts(config: EngineConfig, spec: ModelSpec) -> None:
-    for name in ("block_size", "max_seqs", "step_tokens", "queue"):
+    for name in ("block_size", "max_seqs", "step_tokens", "chunk_tokens", "queue"):
         value = getattr(config, name)
-        if value < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"{name}: found {value}; expected 1 or more", param=name)
     if config.step_tokens < config.max_seqs:
         raise ConfigError(
