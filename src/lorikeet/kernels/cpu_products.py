@@ -131,29 +131,31 @@ def _widened(builder: Any, address: Any) -> Any:
 
 
 @literal_intrinsic
-def panel_tile(typing_context, x, ldx, panel, pairs, ahead, scale, bias, out, ldo, rows, tag, stored):
+def panel_tile(typing_context, x, ldx, panel, pairs, ahead, lines, scale, bias, out, ldo, rows, tag, stored):
     """out[rows, PANEL] = x[rows, 2 pairs] . panel [pairs, PANEL, 2] * scale [PANEL] + bias [PANEL] (float32 both).
 
-    Addresses and strides in bytes; `rows` is a literal. Types by tag: `tag` of out, `stored` of the panel (bf16, which
-    has no scale, or int8). Unless `ahead` is the literal 0, what lies so many bytes behind the panel is called into the
-    cache meanwhile.
+    Addresses and strides in bytes; `rows` and `lines` are literals. Types by tag: `tag` of out, `stored` of the panel
+    (bf16, which has no scale, or int8). Meanwhile what lies `ahead` bytes behind the panel is called into the cache,
+    `lines` of 64 bytes for each pair of inputs.
     """
-    if not isinstance(rows, types.IntegerLiteral):
+    if not isinstance(rows, types.IntegerLiteral) or not isinstance(lines, types.IntegerLiteral):
         return None
-    count, prefetch = rows.literal_value, not isinstance(ahead, types.IntegerLiteral)
+    count, fetched = rows.literal_value, lines.literal_value
     halves, int8 = types.unliteral(tag) == types.uint16, types.unliteral(stored) == types.int8
 
     def generate(context, builder, signature, arguments):
-        x, ldx, panel, pairs, ahead, scale, bias, out, ldo = arguments[:9]
+        x, ldx, panel, pairs, ahead, _, scale, bias, out, ldo = arguments[:10]
         row_at = [builder.add(x, builder.mul(ldx, ir.Constant(I64, row))) for row in range(count)]
+        following = builder.add(panel, ahead)
         shift = [load(builder, plus(builder, bias, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
 
         def body(step, sums):
             width = 1 if int8 else 2
             place = builder.add(panel, builder.mul(step, ir.Constant(I64, 2 * PANEL * width)))
             at_register = [plus(builder, place, 2 * LANES * width * v) for v in range(WIDE)]
-            for line in range(width if prefetch else 0):
-                _prefetch(builder, plus(builder, builder.add(place, ahead), 64 * line))
+            for line in range(fetched):
+                address = builder.add(following, builder.mul(step, ir.Constant(I64, 64 * fetched)))
+                _prefetch(builder, plus(builder, address, 64 * line))
             if int8:
                 weights = [_widened(builder, address) for address in at_register]
             else:
@@ -180,7 +182,7 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, scale, bias, out, ld
                     store(builder, total, plus(builder, target, 4 * LANES * v), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4, ahead, *[types.int64] * 4, rows, tag, stored), generate
+    return types.void(*[types.int64] * 5, lines, *[types.int64] * 4, rows, tag, stored), generate
 
 
 @literal_intrinsic
@@ -249,28 +251,39 @@ def dot_run(typing_context, x, row, turns, registers):
 def panel_rows(rows, x, ldx, panel, pairs, length, scale, bias, out, ldo, tag, stored):
     """All rows of x against one panel.
 
-    The first rows wait for memory. The last twelve multiply what is in the cache by then, and call the next panel,
-    `length` bytes on, into it meanwhile.
+    The first rows may have to wait for memory. Dozens of rows multiply what is in the cache by then, and the last two
+    (or the only one) call the next panel, `length` bytes on, into it meanwhile.
     """
     left = rows % 12
     if left >= 8:
-        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 8, tag, stored)
+        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 8, tag, stored)
         x, out, left = x + 8 * ldx, out + 8 * ldo, left - 8
     if left >= 4:
-        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 4, tag, stored)
+        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 4, tag, stored)
         x, out, left = x + 4 * ldx, out + 4 * ldo, left - 4
     if left >= 2:
-        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 2, tag, stored)
+        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 2, tag, stored)
         x, out, left = x + 2 * ldx, out + 2 * ldo, left - 2
     if left == 1:
-        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 1, tag, stored)
+        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 1, tag, stored)
         x, out = x + ldx, out + ldo
     dozens = rows // 12
-    for _ in range(dozens - 1):
-        panel_tile(x, ldx, panel, pairs, 0, scale, bias, out, ldo, 12, tag, stored)
+    for _ in range(dozens - 2):
+        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 12, tag, stored)
         x, out = x + 12 * ldx, out + 12 * ldo
-    if dozens > 0:
-        panel_tile(x, ldx, panel, pairs, length, scale, bias, out, ldo, 12, tag, stored)
+    if dozens >= 2 and size(stored) == 2:
+        panel_tile(x, ldx, panel, pairs, length, 1, scale, bias, out, ldo, 12, tag, stored)
+        panel_tile(
+            x + 12 * ldx, ldx, panel, pairs, length + length // 2, 1, scale, bias, out + 12 * ldo, ldo, 12, tag, stored
+        )
+        return
+    if dozens >= 2:
+        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 12, tag, stored)
+        x, out = x + 12 * ldx, out + 12 * ldo
+    if dozens >= 1 and size(stored) == 2:
+        panel_tile(x, ldx, panel, pairs, length, 2, scale, bias, out, ldo, 12, tag, stored)
+    elif dozens >= 1:
+        panel_tile(x, ldx, panel, pairs, length, 1, scale, bias, out, ldo, 12, tag, stored)
 
 
 @products
