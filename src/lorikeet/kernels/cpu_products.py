@@ -42,6 +42,7 @@ LANES = 16  # float32 of a register
 WIDE = 2  # registers of outputs in a panel: 32 outputs
 PANEL = LANES * WIDE
 STEP = 2 * LANES  # bf16 numbers of a register
+AHEAD = 2048  # bytes that a stream is called ahead
 STORED = {torch.bfloat16: np.uint16(0), torch.int8: np.int8(0)}  # tags of what panels hold
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 SUMS, PAIRS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
@@ -116,6 +117,12 @@ def sum_over(builder: Any, steps: Any, initial: list[Any], body: Any) -> list[An
     builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, done)
     builder.position_at_end(done)
     return following
+
+
+def _from_halves(builder: Any, address: Any) -> Any:
+    """16 bf16 as float32."""
+    halves = load(builder, address, HALVES, 2)
+    return builder.bitcast(builder.shl(builder.zext(halves, PAIRS), ir.Constant(PAIRS, [16] * LANES)), SUMS)
 
 
 def _widened(builder: Any, address: Any) -> Any:
@@ -245,6 +252,105 @@ def dot_run(typing_context, x, row, turns, registers):
         return _total(builder, sums[0])
 
     return types.float32(*[types.int64] * 3, registers), generate
+
+
+@literal_intrinsic
+def add_run(typing_context, totals, weights, rows, stride, steps, count):
+    """totals (float32) += weights . rows (bf16, `stride` bytes apart) over STEP times `steps` (at least one) numbers.
+
+    `count` rows (a literal) at a time, each a stream of which what follows is called into the cache: the processor
+    itself does so only up to the end of a page.
+    """
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    streams = count.literal_value
+
+    def generate(context, builder, signature, arguments):
+        totals, weights, rows, stride, steps = arguments[:5]
+        numbers = [ir.Constant(I64, i) for i in range(streams)]
+        scalars = [load(builder, plus(builder, weights, 4 * i), I32, 4) for i in range(streams)]
+        factors = [builder.bitcast(broadcast(builder, scalar), SUMS) for scalar in scalars]
+        begins = [builder.add(rows, builder.mul(stride, i)) for i in numbers]
+
+        def body(step, _):
+            offset, target = (builder.mul(step, ir.Constant(I64, n * STEP)) for n in (2, 4))
+            sums = [load(builder, plus(builder, builder.add(totals, target), 4 * LANES * v), SUMS, 4) for v in (0, 1)]
+            for begin, factor in zip(begins, factors, strict=True):
+                place = builder.add(begin, offset)
+                _prefetch(builder, plus(builder, place, AHEAD))
+                for v in (0, 1):
+                    numbers = _from_halves(builder, plus(builder, place, 2 * LANES * v))
+                    product = builder.fmul(numbers, factor, flags=("contract",))
+                    sums[v] = builder.fadd(sums[v], product, flags=("contract",))
+            for v in (0, 1):
+                store(builder, sums[v], plus(builder, builder.add(totals, target), 4 * LANES * v), 4)
+            return []
+
+        sum_over(builder, steps, [], body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, count), generate
+
+
+@literal_intrinsic
+def outer_tile(typing_context, u, ldu, rank, b, stride, scale, y, ldy, row_of, rows, tag):
+    """y[row_of[row], :STEP] += scale * (u[:, row] . b[:, :STEP]) over `rank` (at least one) rows of b (bf16).
+
+    u (float32) has `ldu` bytes from rank to rank. Sums stay in registers; y is rounded once, to the type of `tag`.
+    `rows` is a literal. The lines behind these of b are called into the cache.
+    """
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    n, halves = rows.literal_value, types.unliteral(tag) == types.uint16
+
+    def generate(context, builder, signature, arguments):
+        u, ldu, rank, b, stride, scale, y, ldy, row_of = arguments[:9]
+        flags = ("contract",)
+
+        def body(r, sums):
+            place = builder.add(b, builder.mul(stride, r))
+            _prefetch(builder, plus(builder, place, 2 * STEP * 2))
+            weights = [_from_halves(builder, plus(builder, place, 2 * LANES * v)) for v in range(WIDE)]
+            factors = builder.add(u, builder.mul(ldu, r))
+            result = []
+            for row in range(n):
+                scalar = load(builder, plus(builder, factors, 4 * row), I32, 4)
+                factor = builder.bitcast(broadcast(builder, scalar), SUMS)
+                for v in range(WIDE):
+                    product = builder.fmul(weights[v], factor, flags=flags)
+                    result.append(builder.fadd(sums[row * WIDE + v], product, flags=flags))
+            return result
+
+        sums = sum_over(builder, rank, [ZERO] * (n * WIDE), body)
+        factor = builder.bitcast(broadcast(builder, builder.bitcast(scale, I32)), SUMS)
+        for row in range(n):
+            number = load(builder, plus(builder, row_of, 8 * row), I64, 8)
+            target = builder.add(y, builder.mul(ldy, number))
+            for v in range(WIDE):
+                place = plus(builder, target, (2 if halves else 4) * LANES * v)
+                old = _from_halves(builder, place) if halves else load(builder, place, SUMS, 4)
+                new = builder.fadd(old, builder.fmul(sums[row * WIDE + v], factor, flags=flags), flags=flags)
+                store(builder, _rounded(builder, new) if halves else new, place, 2)
+        return context.get_dummy_value()
+
+    kinds = [*[types.int64] * 5, types.float32, *[types.int64] * 3]
+    return types.void(*kinds, rows, tag), generate
+
+
+@products
+def outer_columns(begin, end, n, u, rank, b, stride, scale, y, ldy, row_of, tag):
+    """Columns [begin, end), whole steps of them, of y[row_of] += scale * (u^T b) for n rows; u is [rank, n]."""
+    for column in range(begin, end, STEP):
+        place, target = b + 2 * column, y + column * size(tag)
+        row = 0
+        while row + 6 <= n:
+            outer_tile(u + 4 * row, 4 * n, rank, place, stride, scale, target, ldy, row_of + 8 * row, 6, tag)
+            row += 6
+        while row + 2 <= n:
+            outer_tile(u + 4 * row, 4 * n, rank, place, stride, scale, target, ldy, row_of + 8 * row, 2, tag)
+            row += 2
+        if row < n:
+            outer_tile(u + 4 * row, 4 * n, rank, place, stride, scale, target, ldy, row_of + 8 * row, 1, tag)
 
 
 @products
