@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Segments, Slab
-from lorikeet.kernels.cpu_products import AVAILABLE, STEP, add_run, dot_columns, dot_rows, outer_columns
+from lorikeet.kernels.cpu_products import AVAILABLE, STEP, dot_columns, dot_rows, outer_columns
 from lorikeet.kernels.cpu_runtime import (
     SERIAL,
     at,
@@ -31,7 +31,6 @@ from lorikeet.kernels.cpu_runtime import (
 from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, dot, dot_1x4, dot_4x4, share
 from lorikeet.types import SiteGroup
 
-STREAMS = 4  # rows of B that are read at a time for one batch row
 STRETCH = 8192  # columns of sums of a few rows: 32 KB
 FIELDS = 11  # of an entry: first row, rows, rank, A, stride A, B, stride B, place of u, d_out, offset in y, site
 
@@ -87,28 +86,13 @@ def columns_of(n, d_out):
 
 
 @device_function
-def stream_rows(totals, weights, columns, stride, rank, width):
-    """What whole steps of `width` columns of all `rank` rows add to the sums of one batch row; the rank, or 0."""
-    if width % STEP > 0:
-        return 0
-    r = 0
-    while r + STREAMS <= rank:
-        add_run(totals, weights + 4 * r, columns + r * stride, stride, width // STEP, STREAMS)
-        r += STREAMS
-    while r < rank:
-        add_run(totals, weights + 4 * r, columns + r * stride, stride, width // STEP, 1)
-        r += 1
-    return r
-
-
-@device_function
 def expand_entry(e, begin, end, rows, y, ldy, u, totals, scale, act, slab):
     """Columns [begin, end) of one entry, as many as `columns_of` says, for all its batch rows."""
     row_of = at(rows + 8 * e[0], I0)
     n, rank, stride, width = e[1], e[2], e[6], end - begin
     columns = e[5] + begin * size(slab)
     target = y + (e[9] + begin) * size(act)
-    if n > 1 and size(slab) == 2 and AVAILABLE:
+    if size(slab) == 2 and AVAILABLE:
         whole = width // STEP * STEP
         outer_columns(0, whole, n, u + 4 * e[7], rank, columns, stride, scale, target, ldy, rows + 8 * e[0], act)
         columns, target, width = columns + whole * size(slab), target + whole * size(act), width - whole
@@ -120,8 +104,6 @@ def expand_entry(e, begin, end, rows, y, ldy, u, totals, scale, act, slab):
             zeroed[j] = F0
         weights = u + 4 * (e[7] + i)
         r = 0
-        if n == 1 and size(slab) == 2 and AVAILABLE:
-            r = stream_rows(totals, weights, columns, stride, rank, width)
         while n >= 4 and r + 4 <= rank:  # fewer rows wait for memory: for them B is read in one stream
             if count == 4:
                 add_4x4(totals, weights + 4 * r * n, n, columns + r * stride, stride, width, slab)

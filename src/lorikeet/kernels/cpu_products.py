@@ -42,7 +42,8 @@ LANES = 16  # float32 of a register
 WIDE = 2  # registers of outputs in a panel: 32 outputs
 PANEL = LANES * WIDE
 STEP = 2 * LANES  # bf16 numbers of a register
-AHEAD = 2048  # bytes that a stream is called ahead
+BLOCK = 16  # rows of a weight that several rows of x meet at once
+AHEAD = 256  # bytes that rows of B are called ahead
 STORED = {torch.bfloat16: np.uint16(0), torch.int8: np.int8(0)}  # tags of what panels hold
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 SUMS, PAIRS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
@@ -255,49 +256,11 @@ def dot_run(typing_context, x, row, turns, registers):
 
 
 @literal_intrinsic
-def add_run(typing_context, totals, weights, rows, stride, steps, count):
-    """totals (float32) += weights . rows (bf16, `stride` bytes apart) over STEP times `steps` (at least one) numbers.
-
-    `count` rows (a literal) at a time, each a stream of which what follows is called into the cache: the processor
-    itself does so only up to the end of a page.
-    """
-    if not isinstance(count, types.IntegerLiteral):
-        return None
-    streams = count.literal_value
-
-    def generate(context, builder, signature, arguments):
-        totals, weights, rows, stride, steps = arguments[:5]
-        numbers = [ir.Constant(I64, i) for i in range(streams)]
-        scalars = [load(builder, plus(builder, weights, 4 * i), I32, 4) for i in range(streams)]
-        factors = [builder.bitcast(broadcast(builder, scalar), SUMS) for scalar in scalars]
-        begins = [builder.add(rows, builder.mul(stride, i)) for i in numbers]
-
-        def body(step, _):
-            offset, target = (builder.mul(step, ir.Constant(I64, n * STEP)) for n in (2, 4))
-            sums = [load(builder, plus(builder, builder.add(totals, target), 4 * LANES * v), SUMS, 4) for v in (0, 1)]
-            for begin, factor in zip(begins, factors, strict=True):
-                place = builder.add(begin, offset)
-                _prefetch(builder, plus(builder, place, AHEAD))
-                for v in (0, 1):
-                    numbers = _from_halves(builder, plus(builder, place, 2 * LANES * v))
-                    product = builder.fmul(numbers, factor, flags=("contract",))
-                    sums[v] = builder.fadd(sums[v], product, flags=("contract",))
-            for v in (0, 1):
-                store(builder, sums[v], plus(builder, builder.add(totals, target), 4 * LANES * v), 4)
-            return []
-
-        sum_over(builder, steps, [], body)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5, count), generate
-
-
-@literal_intrinsic
 def outer_tile(typing_context, u, ldu, rank, b, stride, scale, y, ldy, row_of, rows, tag):
     """y[row_of[row], :STEP] += scale * (u[:, row] . b[:, :STEP]) over `rank` (at least one) rows of b (bf16).
 
     u (float32) has `ldu` bytes from rank to rank. Sums stay in registers; y is rounded once, to the type of `tag`.
-    `rows` is a literal. The lines behind these of b are called into the cache.
+    `rows` is a literal. What follows in the rows of b is called into the cache.
     """
     if not isinstance(rows, types.IntegerLiteral):
         return None
@@ -309,7 +272,7 @@ def outer_tile(typing_context, u, ldu, rank, b, stride, scale, y, ldy, row_of, r
 
         def body(r, sums):
             place = builder.add(b, builder.mul(stride, r))
-            _prefetch(builder, plus(builder, place, 2 * STEP * 2))
+            _prefetch(builder, plus(builder, place, AHEAD))
             weights = [_from_halves(builder, plus(builder, place, 2 * LANES * v)) for v in range(WIDE)]
             factors = builder.add(u, builder.mul(ldu, r))
             result = []
@@ -412,25 +375,34 @@ def panel_kernel(rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, par
 
 @products
 def dot_columns(begin, end, rows, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld_column):
-    """out[:, begin:end] = x[row_of] . rows [begin, end) of the weight."""
-    column = begin
-    while column < end:
-        place, target = weight + column * ldw, out + column * ld_column
-        four = column + 4 <= end
+    """out[:, begin:end] = x[row_of] . rows [begin, end) of the weight.
+
+    A few rows of x meet a block of the weight's rows while both are in the first-level cache.
+    """
+    block = begin
+    while block < end:
+        stop = min(block + BLOCK, end)
+        fours = block + (stop - block) // 4 * 4
         row = 0
-        while four and row + 6 <= rows:
-            dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 6, 4)
+        while row + 6 <= rows:
+            for column in range(block, fours, 4):
+                place, target = weight + column * ldw, out + row * ld_row + column * ld_column
+                dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target, ld_row, ld_column, 6, 4)
             row += 6
-        while four and row + 2 <= rows:
-            dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 2, 4)
+        while row + 2 <= rows:
+            for column in range(block, fours, 4):
+                place, target = weight + column * ldw, out + row * ld_row + column * ld_column
+                dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target, ld_row, ld_column, 2, 4)
             row += 2
-        while row < rows:
-            if four:
-                dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 1, 4)
-            else:
-                dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target + row * ld_row, ld_row, ld_column, 1, 1)
-            row += 1
-        column += 4 if four else 1
+        if row < rows:
+            for column in range(block, fours, 4):
+                place, target = weight + column * ldw, out + row * ld_row + column * ld_column
+                dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target, ld_row, ld_column, 1, 4)
+        for column in range(fours, stop):
+            for row in range(rows):
+                place, target = weight + column * ldw, out + row * ld_row + column * ld_column
+                dot_tile(x, ldx, row_of + 8 * row, place, ldw, steps, target, ld_row, ld_column, 1, 1)
+        block = stop
 
 
 @products
