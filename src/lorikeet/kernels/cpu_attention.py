@@ -28,6 +28,7 @@ from lorikeet.kernels.cpu_runtime import (
     kernel,
     maximum,
     narrow,
+    prefetch,
     share_threads,
     size,
     tag_of,
@@ -184,6 +185,10 @@ def list_keys(begin, end, source, table, lists):
         key, value = k + block * k_block + slot * k_slot, v + block * v_block + slot * v_slot
         for i in range(count):
             keys[p - begin + i], values[p - begin + i] = key + i * k_slot, value + i * v_slot
+            prefetch(key + i * k_slot)
+            prefetch(key + i * k_slot + 64)
+            prefetch(value + i * v_slot)
+            prefetch(value + i * v_slot + 64)
         p += count
     for i in range(end - begin, end - begin + 3):
         keys[i], values[i] = keys[end - begin - 1], values[end - begin - 1]
