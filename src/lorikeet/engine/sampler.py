@@ -43,12 +43,14 @@ def sample(logits: Tensor, rows: SamplingRows, allowed: AllowedTokens | None = N
     Temperature first, then top-k, top-p over what is left, min-p relative to the most likely token. Temperature 0 is
     the most likely token (the lowest id among equals).
     """
-    finite = torch.isfinite(logits.amax(dim=-1))
+    likeliest = _argmax(logits)
+    finite = torch.isfinite(logits.gather(1, likeliest.unsqueeze(1)).squeeze(1))  # NaN and infinity are largest
     if allowed is not None:
         logits = _restrict(logits, allowed)
+        likeliest = _argmax(logits)
     random = rows.temperature > 0
     if not random.any():
-        return _argmax(logits), finite
+        return likeliest, finite
     if random.all():
         return _sample_random(logits, rows), finite
     index = np.flatnonzero(random)
@@ -57,9 +59,8 @@ def sample(logits: Tensor, rows: SamplingRows, allowed: AllowedTokens | None = N
         rows.position[index],
     )  # fmt: skip
     at = torch.from_numpy(index).to(logits.device)
-    tokens = _argmax(logits)
-    tokens[at] = _sample_random(logits[at], some)
-    return tokens, finite
+    likeliest[at] = _sample_random(logits[at], some)
+    return likeliest, finite
 
 
 def logprobs(logits: Tensor, chosen: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

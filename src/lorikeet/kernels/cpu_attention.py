@@ -40,7 +40,8 @@ from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, 
 I32 = np.int32(0)
 U16 = np.uint16(0)
 KEYS = 128  # keys of one tile
-LISTED = KEYS + 8  # entries of a list of keys, some to spare
+SPARE = 15  # keys that a tile of scores may reach beyond the last one
+LISTED = KEYS + SPARE + 1
 ROWS = 32  # (query, head) rows of one task, at most
 EVERYTHING = 1 << 40  # a window that hides nothing
 MINUS_INFINITY = np.float32(-np.inf)
@@ -175,7 +176,7 @@ def weigh_halves(scores, begin, end, count, log2_scale, state, total, d, weights
 
 @device_function
 def list_keys(begin, end, source, table, lists):
-    """Addresses of the keys and of the values [begin, end), and of the last one three times more."""
+    """Addresses of the keys and of the values [begin, end), and of the last one some times more."""
     k, k_block, k_slot, v, v_block, v_slot, block_size = source
     blocks, keys, values = at(table, I32), at(lists, I0), at(lists + 8 * LISTED, I0)
     p = begin
@@ -190,7 +191,7 @@ def list_keys(begin, end, source, table, lists):
             prefetch(value + i * v_slot)
             prefetch(value + i * v_slot + 64)
         p += count
-    for i in range(end - begin, end - begin + 3):
+    for i in range(end - begin, end - begin + SPARE):
         keys[i], values[i] = keys[end - begin - 1], values[end - begin - 1]
 
 
@@ -201,8 +202,8 @@ def attend_halves(first, rows, begin, end, task, lists, scratch, log2_scale, d):
     position, flat, group, window = task
     weights, count = scores + 16 * LISTED, end - begin
     padded = (count + 1) // 2 * 2
-    score_keys(q + 8 * first, lists, (count + 3) // 4 * 4, d, scores, 4 * LISTED)
-    for i in range(4):
+    score_keys(q + 8 * first, lists, count, d, scores, 4 * LISTED, rows)
+    for i in range(1 if rows == 1 else 4):
         row = first + min(i, rows - 1)
         at_position = position + (flat + row) // group
         low, high = max(at_position - window + 1 - begin, 0), min(at_position + 1, end) - begin
@@ -210,7 +211,7 @@ def attend_halves(first, rows, begin, end, task, lists, scratch, log2_scale, d):
             high = low  # a row too many: no weight
         state, total = states + 8 * row, totals + 4 * TILE * row
         weigh_halves(scores + 4 * LISTED * i, low, high, padded, log2_scale, state, total, d, weights + 2 * LISTED * i)
-    add_values(weights, 2 * LISTED, lists + 8 * LISTED, padded // 2, d, totals + 4 * TILE * first, 4 * TILE)
+    add_values(weights, 2 * LISTED, lists + 8 * LISTED, padded // 2, d, totals + 4 * TILE * first, 4 * TILE, rows)
 
 
 @device_function

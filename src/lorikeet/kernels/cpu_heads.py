@@ -1,4 +1,4 @@
-"""The two products of attention on bf16 keys and values, four query rows at a time (see `cpu_products`).
+"""The two products of attention on bf16 keys and values, one or four query rows at a time (see `cpu_products`).
 
 Keys and values are found through lists of addresses, so that a tile does not care which blocks they lie in.
 """
@@ -53,48 +53,52 @@ def _totals(builder: Any, sums: list[Any]) -> Any:
 
 
 @literal_intrinsic
-def score_tile(typing_context, queries, keys, steps, out, ldo):
-    """out[row, key] (float32, rows `ldo` bytes apart) = q . k for 4 queries and 4 keys, `steps` times STEP numbers.
+def score_tile(typing_context, queries, keys, steps, out, ldo, rows):
+    """out[row, key] (float32, rows `ldo` bytes apart) = q . k for `rows` (a literal, 1 or 4) queries and 16 / rows keys.
 
-    `queries` and `keys` are the addresses of 4 addresses each.
+    `queries` and `keys` are the addresses of their addresses; each has `steps` times STEP numbers.
     """
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    n, m = rows.literal_value, LANES // rows.literal_value
 
     def generate(context, builder, signature, arguments):
-        queries, keys, steps, out, ldo = arguments
-        query_at = [load(builder, plus(builder, queries, 8 * i), I64, 8) for i in range(4)]
-        key_at = [load(builder, plus(builder, keys, 8 * i), I64, 8) for i in range(4)]
+        queries, keys, steps, out, ldo = arguments[:5]
+        query_at = [load(builder, plus(builder, queries, 8 * i), I64, 8) for i in range(n)]
+        key_at = [load(builder, plus(builder, keys, 8 * i), I64, 8) for i in range(m)]
 
         def body(step, sums):
             offset = builder.mul(step, ir.Constant(I64, 2 * STEP))
             k = [load(builder, builder.add(place, offset), PAIRS, 2) for place in key_at]
             q = [load(builder, builder.add(place, offset), PAIRS, 2) for place in query_at]
-            return [add_products(builder, sums[4 * i + j], q[i], k[j]) for i in range(4) for j in range(4)]
+            return [add_products(builder, sums[m * i + j], q[i], k[j]) for i in range(n) for j in range(m)]
 
         totals = _totals(builder, sum_over(builder, steps, [ZERO] * 16, body))
-        for i in range(4):
-            row = _shuffled(builder, totals, totals, list(range(4 * i, 4 * i + 4)))
+        for i in range(n):
+            row = _shuffled(builder, totals, totals, list(range(m * i, m * i + m)))
             store(builder, row, builder.add(out, builder.mul(ldo, ir.Constant(I64, i))), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), generate
+    return types.void(*[types.int64] * 5, rows), generate
 
 
 @literal_intrinsic
-def value_tile(typing_context, weights, ldw, values, pairs, column, totals, ldt, halves):
-    """totals[row, :32 halves] += sum over 2 `pairs` keys of weights[row, key] (bf16) * v[column:], for 4 rows.
+def value_tile(typing_context, weights, ldw, values, pairs, column, totals, ldt, halves, rows):
+    """totals[row, :32 halves] += sum over 2 `pairs` keys of weights[row, key] (bf16) * v[column:], for `rows` rows.
 
-    `values` is the address of the values' addresses, `column` an offset in bytes into each; `halves` is a literal.
+    `values` is the address of the values' addresses, `column` an offset in bytes into each. `halves` and `rows` are
+    literals.
     """
-    if not isinstance(halves, types.IntegerLiteral):
+    if not isinstance(halves, types.IntegerLiteral) or not isinstance(rows, types.IntegerLiteral):
         return None
-    count = halves.literal_value
+    count, n = halves.literal_value, rows.literal_value
     low = [lane for start in range(0, 2 * LANES, 8) for i in range(start, start + 4) for lane in (i, i + 2 * LANES)]
     high = [lane + 4 for lane in low]
 
     def generate(context, builder, signature, arguments):
         weights, ldw, values, pairs, column, totals, ldt = arguments[:7]
-        weights_at = [builder.add(weights, builder.mul(ldw, ir.Constant(I64, row))) for row in range(4)]
-        totals_at = [builder.add(totals, builder.mul(ldt, ir.Constant(I64, row))) for row in range(4)]
+        weights_at = [builder.add(weights, builder.mul(ldw, ir.Constant(I64, row))) for row in range(n)]
+        totals_at = [builder.add(totals, builder.mul(ldt, ir.Constant(I64, row))) for row in range(n)]
 
         def body(pair, sums):
             places = builder.add(values, builder.mul(pair, ir.Constant(I64, 16)))
@@ -112,7 +116,7 @@ def value_tile(typing_context, weights, ldw, values, pairs, column, totals, ldt,
                     result.append(add_products(builder, sums[row * 2 * count + i], value, weight))
             return result
 
-        for row, sums in enumerate(_chunks(sum_over(builder, pairs, [ZERO] * (8 * count), body), 2 * count)):
+        for row, sums in enumerate(_chunks(sum_over(builder, pairs, [ZERO] * (2 * n * count), body), 2 * count)):
             for i in range(0, 2 * count, 2):
                 for part, lanes in enumerate((FIRST, SECOND)):
                     place = plus(builder, totals_at[row], 4 * LANES * (i + part))
@@ -120,7 +124,7 @@ def value_tile(typing_context, weights, ldw, values, pairs, column, totals, ldt,
                     store(builder, total, place, 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7, halves), generate
+    return types.void(*[types.int64] * 7, halves, rows), generate
 
 
 def _chunks(values: list[Any], size: int) -> list[list[Any]]:
@@ -128,18 +132,28 @@ def _chunks(values: list[Any], size: int) -> list[list[Any]]:
 
 
 @products
-def score_keys(queries, keys, count, d, out, ldo):
-    """Scores of 4 queries with `count` keys, a multiple of 4."""
-    for j in range(0, count, 4):
-        score_tile(queries, keys + 8 * j, d // STEP, out + 4 * j, ldo)
+def score_keys(queries, keys, count, d, out, ldo, rows):
+    """Scores of 4 queries (of one where `rows` is 1) with `count` keys, and with some more, up to a whole tile."""
+    if rows == 1:
+        for j in range(0, count, LANES):
+            score_tile(queries, keys + 8 * j, d // STEP, out + 4 * j, ldo, 1)
+    else:
+        for j in range(0, count, 4):
+            score_tile(queries, keys + 8 * j, d // STEP, out + 4 * j, ldo, 4)
 
 
 @products
-def add_values(weights, ldw, values, pairs, d, totals, ldt):
-    """totals[4, d] += weights[4, 2 pairs] . values."""
+def add_values(weights, ldw, values, pairs, d, totals, ldt, rows):
+    """totals[4, d] += weights[4, 2 pairs] . values, or the first row alone where `rows` is 1."""
     column = 0
     while column + 64 <= d:
-        value_tile(weights, ldw, values, pairs, 2 * column, totals + 4 * column, ldt, 2)
+        if rows == 1:
+            value_tile(weights, ldw, values, pairs, 2 * column, totals + 4 * column, ldt, 2, 1)
+        else:
+            value_tile(weights, ldw, values, pairs, 2 * column, totals + 4 * column, ldt, 2, 4)
         column += 64
     if column < d:
-        value_tile(weights, ldw, values, pairs, 2 * column, totals + 4 * column, ldt, 1)
+        if rows == 1:
+            value_tile(weights, ldw, values, pairs, 2 * column, totals + 4 * column, ldt, 1, 1)
+        else:
+            value_tile(weights, ldw, values, pairs, 2 * column, totals + 4 * column, ldt, 1, 4)
