@@ -43,6 +43,7 @@ WIDE = 2  # registers of outputs in a panel: 32 outputs
 PANEL = LANES * WIDE
 STEP = 2 * LANES  # bf16 numbers of a register
 BLOCK = 16  # rows of a weight that several rows of x meet at once
+STREAM = 2048  # bytes that panels are called ahead while few rows wait for them
 AHEAD = 256  # bytes that rows of B are called ahead
 STORED = {torch.bfloat16: np.uint16(0), torch.int8: np.int8(0)}  # tags of what panels hold
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -197,7 +198,8 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, lines, scale, bias, 
 def dot_tile(typing_context, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld_column, rows, columns):
     """out[row, column] (float32) = x[row_of[row]] . weight[column] over 32 steps numbers.
 
-    Addresses and strides in bytes, `row_of` of int64; `rows` and `columns` are literals.
+    Addresses and strides in bytes, `row_of` of int64; `rows` and `columns` are literals. The rows of the weight behind
+    these are called into the cache.
     """
     if not isinstance(rows, types.IntegerLiteral) or not isinstance(columns, types.IntegerLiteral):
         return None
@@ -208,9 +210,12 @@ def dot_tile(typing_context, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld
         numbers = [load(builder, plus(builder, row_of, 8 * row), I64, 8) for row in range(n)]
         row_at = [builder.add(x, builder.mul(ldx, number)) for number in numbers]
         column_at = [builder.add(weight, builder.mul(ldw, ir.Constant(I64, c))) for c in range(m)]
+        following = builder.mul(ldw, ir.Constant(I64, m))
 
         def body(step, sums):
             offset = builder.mul(step, ir.Constant(I64, 64))
+            for place in column_at:
+                _prefetch(builder, builder.add(builder.add(place, offset), following))
             weights = [load(builder, builder.add(place, offset), PAIRS, 2) for place in column_at]
             result = []
             for row, place in enumerate(row_at):
@@ -320,21 +325,34 @@ def outer_columns(begin, end, n, u, rank, b, stride, scale, y, ldy, row_of, tag)
 def panel_rows(rows, x, ldx, panel, pairs, length, scale, bias, out, ldo, tag, stored):
     """All rows of x against one panel.
 
-    The first rows may have to wait for memory. Dozens of rows multiply what is in the cache by then, and the last two
+    Less than a dozen rows wait for memory: they call what follows in the stream, across the ends of pages, where the
+    processor would stop. Of more, the first ones may have to wait. Dozens of rows multiply what is in the cache by then, and the last two
     (or the only one) call the next panel, `length` bytes on, into it meanwhile.
     """
     left = rows % 12
     if left >= 8:
-        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 8, tag, stored)
+        if rows < 12:
+            panel_tile(x, ldx, panel, pairs, STREAM, 2, scale, bias, out, ldo, 8, tag, stored)
+        else:
+            panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 8, tag, stored)
         x, out, left = x + 8 * ldx, out + 8 * ldo, left - 8
     if left >= 4:
-        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 4, tag, stored)
+        if rows < 12:
+            panel_tile(x, ldx, panel, pairs, STREAM, 2, scale, bias, out, ldo, 4, tag, stored)
+        else:
+            panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 4, tag, stored)
         x, out, left = x + 4 * ldx, out + 4 * ldo, left - 4
     if left >= 2:
-        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 2, tag, stored)
+        if rows < 12:
+            panel_tile(x, ldx, panel, pairs, STREAM, 2, scale, bias, out, ldo, 2, tag, stored)
+        else:
+            panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 2, tag, stored)
         x, out, left = x + 2 * ldx, out + 2 * ldo, left - 2
     if left == 1:
-        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 1, tag, stored)
+        if rows < 12:
+            panel_tile(x, ldx, panel, pairs, STREAM, 2, scale, bias, out, ldo, 1, tag, stored)
+        else:
+            panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 1, tag, stored)
         x, out = x + ldx, out + ldo
     dozens = rows // 12
     for _ in range(dozens - 2):
