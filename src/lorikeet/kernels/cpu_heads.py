@@ -54,9 +54,10 @@ def _totals(builder: Any, sums: list[Any]) -> Any:
 
 @literal_intrinsic
 def score_tile(typing_context, queries, keys, steps, out, ldo, rows):
-    """out[row, key] (float32, rows `ldo` bytes apart) = q . k for `rows` (a literal, 1 or 4) queries and 16 / rows keys.
+    """out[row, key] (float32, rows `ldo` bytes apart) = q . k for `rows` queries and 16 / rows keys.
 
-    `queries` and `keys` are the addresses of their addresses; each has `steps` times STEP numbers.
+    `rows` is a literal, 1 or 4. `queries` and `keys` are the addresses of their addresses; each has `steps` times STEP
+    numbers.
     """
     if not isinstance(rows, types.IntegerLiteral):
         return None

@@ -140,16 +140,16 @@ def _widened(builder: Any, address: Any) -> Any:
 
 
 @literal_intrinsic
-def panel_tile(typing_context, x, ldx, panel, pairs, ahead, lines, scale, bias, out, ldo, rows, tag, stored):
+def panel_tile(typing_context, x, ldx, panel, pairs, ahead, called, scale, bias, out, ldo, rows, tag, stored):
     """out[rows, PANEL] = x[rows, 2 pairs] . panel [pairs, PANEL, 2] * scale [PANEL] + bias [PANEL] (float32 both).
 
-    Addresses and strides in bytes; `rows` and `lines` are literals. Types by tag: `tag` of out, `stored` of the panel
-    (bf16, which has no scale, or int8). Meanwhile what lies `ahead` bytes behind the panel is called into the cache,
-    `lines` of 64 bytes for each pair of inputs.
+    Addresses and strides in bytes; `rows` and `called` are literals. Types by tag: `tag` of out, `stored` of the panel
+    (bf16, which has no scale, or int8). Meanwhile what lies `ahead` bytes behind the panel is called into the cache:
+    as much as a panel (`called` is 1), half as much (2), or nothing (0).
     """
-    if not isinstance(rows, types.IntegerLiteral) or not isinstance(lines, types.IntegerLiteral):
+    if not isinstance(rows, types.IntegerLiteral) or not isinstance(called, types.IntegerLiteral):
         return None
-    count, fetched = rows.literal_value, lines.literal_value
+    count, fraction = rows.literal_value, called.literal_value
     halves, int8 = types.unliteral(tag) == types.uint16, types.unliteral(stored) == types.int8
 
     def generate(context, builder, signature, arguments):
@@ -162,9 +162,10 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, lines, scale, bias, 
             width = 1 if int8 else 2
             place = builder.add(panel, builder.mul(step, ir.Constant(I64, 2 * PANEL * width)))
             at_register = [plus(builder, place, 2 * LANES * width * v) for v in range(WIDE)]
-            for line in range(fetched):
-                address = builder.add(following, builder.mul(step, ir.Constant(I64, 64 * fetched)))
-                _prefetch(builder, plus(builder, address, 64 * line))
+            fetched = 64 * width // fraction if fraction else 0  # bytes
+            address = builder.add(following, builder.mul(step, ir.Constant(I64, fetched)))
+            for offset in range(0, fetched, 64):
+                _prefetch(builder, plus(builder, address, offset))
             if int8:
                 weights = [_widened(builder, address) for address in at_register]
             else:
@@ -191,7 +192,7 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, lines, scale, bias, 
                     store(builder, total, plus(builder, target, 4 * LANES * v), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, lines, *[types.int64] * 4, rows, tag, stored), generate
+    return types.void(*[types.int64] * 5, called, *[types.int64] * 4, rows, tag, stored), generate
 
 
 @literal_intrinsic
@@ -322,55 +323,39 @@ def outer_columns(begin, end, n, u, rank, b, stride, scale, y, ldy, row_of, tag)
 
 
 @products
-def panel_rows(rows, x, ldx, panel, pairs, length, scale, bias, out, ldo, tag, stored):
-    """All rows of x against one panel.
+def panel_few(rows, x, ldx, panel, pairs, scale, bias, out, ldo, tag, stored):
+    """Less than a dozen rows against one panel: they wait for memory.
 
-    Less than a dozen rows wait for memory: they call what follows in the stream, across the ends of pages, where the
-    processor would stop. Of more, the first ones may have to wait. Dozens of rows multiply what is in the cache by then, and the last two
-    (or the only one) call the next panel, `length` bytes on, into it meanwhile.
+    So they call what follows in the stream of panels, also across the ends of pages, where the processor stops.
     """
-    left = rows % 12
-    if left >= 8:
-        if rows < 12:
-            panel_tile(x, ldx, panel, pairs, STREAM, 2, scale, bias, out, ldo, 8, tag, stored)
-        else:
-            panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 8, tag, stored)
-        x, out, left = x + 8 * ldx, out + 8 * ldo, left - 8
-    if left >= 4:
-        if rows < 12:
-            panel_tile(x, ldx, panel, pairs, STREAM, 2, scale, bias, out, ldo, 4, tag, stored)
-        else:
-            panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 4, tag, stored)
-        x, out, left = x + 4 * ldx, out + 4 * ldo, left - 4
-    if left >= 2:
-        if rows < 12:
-            panel_tile(x, ldx, panel, pairs, STREAM, 2, scale, bias, out, ldo, 2, tag, stored)
-        else:
-            panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 2, tag, stored)
-        x, out, left = x + 2 * ldx, out + 2 * ldo, left - 2
-    if left == 1:
-        if rows < 12:
-            panel_tile(x, ldx, panel, pairs, STREAM, 2, scale, bias, out, ldo, 1, tag, stored)
-        else:
-            panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 1, tag, stored)
-        x, out = x + ldx, out + ldo
-    dozens = rows // 12
+    if rows >= 8:
+        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 8, tag, stored)
+        x, out, rows = x + 8 * ldx, out + 8 * ldo, rows - 8
+    if rows >= 4:
+        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 4, tag, stored)
+        x, out, rows = x + 4 * ldx, out + 4 * ldo, rows - 4
+    if rows >= 2:
+        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 2, tag, stored)
+        x, out, rows = x + 2 * ldx, out + 2 * ldo, rows - 2
+    if rows == 1:
+        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 1, tag, stored)
+
+
+@products
+def panel_dozens(dozens, x, ldx, panel, pairs, length, scale, bias, out, ldo, tag, stored):
+    """At least one dozen of rows against one panel, which is in the cache already.
+
+    The last two dozens, or the only one, call the next panel, `length` bytes on.
+    """
+    if dozens == 1:
+        panel_tile(x, ldx, panel, pairs, length, 1, scale, bias, out, ldo, 12, tag, stored)
+        return
     for _ in range(dozens - 2):
         panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 12, tag, stored)
         x, out = x + 12 * ldx, out + 12 * ldo
-    if dozens >= 2 and size(stored) == 2:
-        panel_tile(x, ldx, panel, pairs, length, 1, scale, bias, out, ldo, 12, tag, stored)
-        panel_tile(
-            x + 12 * ldx, ldx, panel, pairs, length + length // 2, 1, scale, bias, out + 12 * ldo, ldo, 12, tag, stored
-        )
-        return
-    if dozens >= 2:
-        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 12, tag, stored)
-        x, out = x + 12 * ldx, out + 12 * ldo
-    if dozens >= 1 and size(stored) == 2:
-        panel_tile(x, ldx, panel, pairs, length, 2, scale, bias, out, ldo, 12, tag, stored)
-    elif dozens >= 1:
-        panel_tile(x, ldx, panel, pairs, length, 1, scale, bias, out, ldo, 12, tag, stored)
+    panel_tile(x, ldx, panel, pairs, length, 2, scale, bias, out, ldo, 12, tag, stored)
+    x, out, half = x + 12 * ldx, out + 12 * ldo, length // 2
+    panel_tile(x, ldx, panel, pairs, length + half, 2, scale, bias, out, ldo, 12, tag, stored)
 
 
 @products
@@ -381,7 +366,12 @@ def panel_share(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, o
         column = panel * PANEL
         place, target = weight + panel * length, out + column * size(tag)
         f, b = scale + 4 * column, bias + 4 * column
-        panel_rows(rows, x, ldx, place, pairs, length, f, b, target, ldo, tag, stored)
+        few = rows % 12
+        if few > 0:
+            panel_few(few, x, ldx, place, pairs, f, b, target, ldo, tag, stored)
+        if rows >= 12:
+            first, last = x + few * ldx, target + few * ldo
+            panel_dozens(rows // 12, first, ldx, place, pairs, length, f, b, last, ldo, tag, stored)
 
 
 @kernel
