@@ -14,7 +14,7 @@ from lorikeet.engine.residency import Instruction, Place, Residency
 from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
 from lorikeet.types import ErrorInfo, Event, FinishReason, SamplingParams, ScheduledSequence, TokenLogprob
 
-FREE_TOKENS = 24  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
+FREE_TOKENS = 20  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
 LEAST_TOKENS = 8  # of prompts in a step, however many sequences decode
 
 
