@@ -165,12 +165,16 @@ def test_streams_go_on_beside_long_prompts() -> None:
     stage.add(3, 900)
     assert [item.count for item in stage.step().sequences] == [3]
     stage.add(300, 50)
-    assert [item.count for item in stage.step().sequences] == [1, 19]
+    assert [item.count for item in stage.step().sequences] == [1, 23]
     while stage.scheduler.running[-1].pending > 1:
         stage.step()
-    for _ in range(58):
+    for _ in range(4):
+        stage.add(30, 50)
+    assert stage.step().token_count == 2 + 22
+    stage.add(30, 50)  # now more than twice as many wait as stream
+    assert stage.step().token_count == 2 + 8 + 4 * 30
+    for _ in range(53):
         stage.add(1, 50)
-    assert stage.step().token_count == 2 + 18
     while len(stage.scheduler.running) < 60:
         stage.step()
     stage.add(500, 1)

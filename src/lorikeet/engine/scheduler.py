@@ -14,8 +14,9 @@ from lorikeet.engine.residency import Instruction, Place, Residency
 from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
 from lorikeet.types import ErrorInfo, Event, FinishReason, SamplingParams, ScheduledSequence, TokenLogprob
 
-FREE_TOKENS = 20  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
-LEAST_TOKENS = 8  # of prompts in a step, however many sequences decode
+FREE_TOKENS = 24  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
+CROWD = 2  # requests without a first token for each that streams, from which the first tokens come first
+LEAST_TOKENS = 12  # of prompts in a step, however many sequences decode
 
 
 @dataclass(slots=True)
@@ -61,7 +62,8 @@ class Scheduler:
 
     A step decodes every running sequence that can, then goes on with prompts in chunks, then admits waiting
     requests, under `step_tokens` tokens and `logit_rows` rows of logits in all. Beside sequences that decode there are
-    only `chunk_tokens` tokens of prompts, so that streams go on evenly. When blocks run out the latest arrival
+    only `chunk_tokens` tokens of prompts, so that streams go on evenly, unless far more requests wait for their first
+    token than stream. When blocks run out the latest arrival
     gives up its place and is recomputed later. A request whose adapter is not resident waits in its own queue.
     """
 
@@ -151,6 +153,9 @@ class Scheduler:
         """Prompt tokens that a step of `decoding` sequences takes with it."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
+        prompts = len(self.running) - decoding + min(len(self.waiting), len(self._free_slots))
+        if prompts > CROWD * decoding:
+            return self.step_tokens
         return max(FREE_TOKENS - decoding, decoding // 2, LEAST_TOKENS)
 
     def _expire(self, now: float) -> None:
