@@ -13,6 +13,7 @@ from lorikeet.kernels.cpu_attention import BatchArguments, attention
 from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray, lowrank_add
 from lorikeet.kernels.cpu_record import NotRecordable, Program
 from lorikeet.kernels.cpu_rows import add_rms_norm, logits, rms_norm_heads, rope, silu_mul
+from lorikeet.kernels.cpu_runtime import cache_folder
 from lorikeet.kernels.reference import Forward, ReferenceOps, Step
 from lorikeet.kernels.weight import DenseWeight, PanelWeight, Weight
 from lorikeet.types import SiteGroup
@@ -30,6 +31,8 @@ class CpuOps(ReferenceOps):
 
     def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
         """A recorded program, one launch a step, where there are kernels for all of it; else kernel by kernel."""
+        if not cache_folder().exists():
+            log.info("compiling kernels for this processor, once: about half a minute")
         try:
             return Program(forward, slab, cache, rows)
         except NotRecordable as reason:
