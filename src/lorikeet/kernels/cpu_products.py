@@ -24,6 +24,7 @@ from torch import Tensor
 from lorikeet.kernels.cpu_runtime import (
     at,
     device_function,
+    emit_prefetch,
     hold,
     kernel,
     literal_intrinsic,
@@ -79,13 +80,6 @@ def load(builder: Any, address: Any, kind: Any, align: int) -> Any:
 
 def store(builder: Any, value: Any, address: Any, align: int) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    pointer = builder.inttoptr(address, I8.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 2, 1))])  # read, second level, data
 
 
 def broadcast(builder: Any, scalar: Any) -> Any:
@@ -165,7 +159,7 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, called, scale, bias,
             fetched = 64 * width // fraction if fraction else 0  # bytes
             address = builder.add(following, builder.mul(step, ir.Constant(I64, fetched)))
             for offset in range(0, fetched, 64):
-                _prefetch(builder, plus(builder, address, offset))
+                emit_prefetch(builder, plus(builder, address, offset))
             if int8:
                 weights = [_widened(builder, address) for address in at_register]
             else:
@@ -216,7 +210,7 @@ def dot_tile(typing_context, x, ldx, row_of, weight, ldw, steps, out, ld_row, ld
         def body(step, sums):
             offset = builder.mul(step, ir.Constant(I64, 64))
             for place in column_at:
-                _prefetch(builder, builder.add(builder.add(place, offset), following))
+                emit_prefetch(builder, builder.add(builder.add(place, offset), following))
             weights = [load(builder, builder.add(place, offset), PAIRS, 2) for place in column_at]
             result = []
             for row, place in enumerate(row_at):
@@ -278,7 +272,7 @@ def outer_tile(typing_context, u, ldu, rank, b, stride, scale, y, ldy, row_of, r
 
         def body(r, sums):
             place = builder.add(b, builder.mul(stride, r))
-            _prefetch(builder, plus(builder, place, AHEAD))
+            emit_prefetch(builder, plus(builder, place, AHEAD))
             weights = [_from_halves(builder, plus(builder, place, 2 * LANES * v)) for v in range(WIDE)]
             factors = builder.add(u, builder.mul(ldu, r))
             result = []

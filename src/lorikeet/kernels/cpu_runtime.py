@@ -153,15 +153,20 @@ def use_threads(typing_context: Any, parts: Any) -> Any:
     return types.void(types.int64), generate
 
 
+def emit_prefetch(builder: Any, address: Any) -> None:
+    """Call the 64 bytes around an address into the second-level cache; any address will do."""
+    i32, pointer = ir.IntType(32), builder.inttoptr(address, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+    builder.call(function, [pointer, *(ir.Constant(i32, value) for value in (0, 2, 1))])  # read, second level, data
+
+
 @intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
-    """Call the 64 bytes around an address into the second-level cache; any address will do."""
+    """`emit_prefetch` for kernels."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i32, pointer = ir.IntType(32), builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
-        builder.call(function, [pointer, *(ir.Constant(i32, value) for value in (0, 2, 1))])  # read, this level, data
+        emit_prefetch(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
