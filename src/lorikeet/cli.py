@@ -72,7 +72,7 @@ def serve(
         int | None,
         typer.Option(
             help="Prompt tokens in a step beside running streams: few keep the streams even, many bring first tokens "
-            "sooner. Default: as many as lengthen a step by less than half.",
+            "sooner. Default: 12 to 24, or half as many as streams; all, once more than two requests wait for each.",
             min=1,
         ),
     ] = None,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
@@ -47,3 +51,19 @@ def test_a_team_is_all_threads_of_torch(threads: int, monkeypatch: pytest.Monkey
     assert team() == threads
     monkeypatch.setattr(cpu_team, "meets", lambda parts: False)  # a runtime that runs the iterations in turn
     assert team() == 1
+
+
+def test_a_team_that_may_shrink_is_none() -> None:
+    code = """
+import torch
+torch.set_num_threads(2)
+from lorikeet.kernels import cpu_team
+cpu_team.meets = lambda parts: True  # now, while the machine is quiet
+print(cpu_team.team())
+"""
+    for dynamic, threads in (("true", "1"), ("false", "2")):
+        environment = {**os.environ, "OMP_DYNAMIC": dynamic, "OMP_NUM_THREADS": "2"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
+        )
+        assert done.stdout.strip() == threads, done.stderr

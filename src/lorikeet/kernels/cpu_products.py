@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
 import torch
@@ -36,8 +35,6 @@ from lorikeet.kernels.cpu_runtime import (
 from lorikeet.kernels.precision import native_bf16_products
 
 AVAILABLE = native_bf16_products()
-if AVAILABLE:
-    llvmlite.binding.initialize_native_asmparser()
 
 LANES = 16  # float32 of a register
 WIDE = 2  # registers of outputs in a panel: 32 outputs

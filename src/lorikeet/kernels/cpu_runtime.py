@@ -22,6 +22,7 @@ import torch  # before numba: its libgomp must be the process's first
 os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
 os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
@@ -30,6 +31,7 @@ from numba.core import cgutils
 
 from lorikeet.kernels.precision import native_bf16_products
 
+llvmlite.binding.initialize_native_asmparser()  # for kernels with instructions that LLVM has no name for
 config: Any = numba.config  # its settings are made at run time
 # For the case that somebody imported numba before us and it has already read the environment.
 config.THREADING_LAYER = os.environ["NUMBA_THREADING_LAYER"]

@@ -7,6 +7,8 @@ hundreds of kernels.
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from typing import Any
 
 import numba
@@ -49,7 +51,8 @@ def pause(typing_context: Any) -> Any:
     """Wait some cycles, for a loop that looks at memory."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "pause", "", side_effect=True), [])
+        if platform.machine() in ("x86_64", "AMD64"):
+            builder.call(ir.InlineAsm(ir.FunctionType(ir.VoidType(), []), "pause", "", side_effect=True), [])
         return context.get_dummy_value()
 
     return types.void(), generate
@@ -102,6 +105,12 @@ def meets(parts: int) -> bool:
 
 
 def team() -> int:
-    """How many threads may meet: as many as torch has in the calling thread, or one where they do not run at once."""
+    """How many threads may meet: as many as torch has in the calling thread, or one where they do not run at once.
+
+    One also where OMP_DYNAMIC lets the runtime give fewer threads than asked for whenever the machine is busy: those
+    that came would wait for ever.
+    """
     parts = share_threads()
-    return parts if parts == 1 or meets(parts) else 1
+    if parts == 1 or ctypes.CDLL(None).omp_get_dynamic() or not meets(parts):
+        return 1
+    return parts
