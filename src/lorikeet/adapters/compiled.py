@@ -3,6 +3,7 @@
 Layout: 8 bytes magic, 8 bytes little-endian header length, a msgpack header, then at the next multiple of 64 bytes the
 data as one contiguous run. Rows of A and B start at multiples of 64 bytes; offsets and strides are in elements from
 the start of the data, so that bringing an adapter into the slab is one copy and its table is its offsets plus a base.
+Every A of a layer stands before its first B: those that a step reads together (of q, k and v, say) are one stream.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import os
 import struct
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ Dtype = Literal["float32", "bfloat16"]
 MAGIC = b"LORIKEET"
 SUFFIX = ".lorikeet"
 ALIGNMENT = 64
-VERSION = 1  # part of the file's name: raise it when the layout or the meaning of an entry changes
+VERSION = 2  # part of the file's name: raise it when the layout or the meaning of an entry changes
 _STORAGE: dict[Dtype, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
 _MAX_HEADER = 64 * 2**20
 
@@ -126,16 +128,20 @@ def compiled_name(digest: str, base: BaseIdentity, dtype: Dtype) -> str:
 def lay_out(
     entries: list[Entry], digest: str, base: BaseIdentity, dtype: Dtype, kind: str = "lora"
 ) -> tuple[CompiledHeader, NDArray[Any]]:
-    """Place entries one after the other, rows aligned, values rounded to `dtype` (nearest, ties to even)."""
+    """Place entries layer by layer, rows aligned, values rounded to `dtype` (nearest, ties to even)."""
     storage = np.dtype(_STORAGE[dtype])
     step = ALIGNMENT // storage.itemsize
     placed: list[CompiledEntry] = []
     at = 0
-    for entry in entries:
-        stride_a, stride_b = (-(-part.shape[1] // step) * step for part in (entry.a, entry.b))
-        a, b = at, at + entry.rank * stride_a
-        at = b + entry.rank * stride_b
-        placed.append(CompiledEntry(entry.site.index, a, b, stride_a, stride_b, entry.rank, entry.scale))
+    for _, group in groupby(entries, key=lambda entry: entry.site.layer):
+        layer = list(group)
+        strides = [tuple(-(-part.shape[1] // step) * step for part in (entry.a, entry.b)) for entry in layer]
+        a = at
+        b = a + sum(entry.rank * stride_a for entry, (stride_a, _) in zip(layer, strides, strict=True))
+        for entry, (stride_a, stride_b) in zip(layer, strides, strict=True):
+            placed.append(CompiledEntry(entry.site.index, a, b, stride_a, stride_b, entry.rank, entry.scale))
+            a, b = a + entry.rank * stride_a, b + entry.rank * stride_b
+        at = b
     data = np.zeros(at, storage)
     for entry, place in zip(entries, placed, strict=True):
         for part, start, stride in ((entry.a, place.a, place.stride_a), (entry.b, place.b, place.stride_b)):

@@ -22,6 +22,7 @@ from lorikeet.kernels.cpu_runtime import (
     hold,
     kernel,
     narrow,
+    prefetch,
     share_threads,
     size,
     tag_of,
@@ -32,6 +33,7 @@ from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, 
 from lorikeet.types import SiteGroup
 
 STRETCH = 8192  # columns of sums of a few rows: 32 KB
+HEAD = 1024  # bytes
 FIELDS = 11  # of an entry: first row, rows, rank, A, stride A, B, stride B, place of u, d_out, offset in y, site
 
 
@@ -147,6 +149,13 @@ def list_entries(entries, start, adapters, segments, sites, n_sites, table, tabl
 
 
 @device_function
+def call_head(address):
+    """Call the first bytes of what is read next into the cache: no prefetcher knows where that is."""
+    for line in range(HEAD // 64):
+        prefetch(address + 64 * line)
+
+
+@device_function
 def shrink_share(low, high, entries, count, rows, x, ldx, d_in, u, act, slab):
     begun = 0
     for i in range(count):
@@ -154,6 +163,8 @@ def shrink_share(low, high, entries, count, rows, x, ldx, d_in, u, act, slab):
         unit = e[1] + 2
         begin, end = share(low, high, begun, unit, e[2])
         begun += e[2] * unit
+        if i + 1 < count and begin < end:
+            call_head(entries[i + 1][3])
         shrink_entry(e, begin, end, rows, x, ldx, d_in, u, act, slab)
 
 
