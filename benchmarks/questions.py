@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from load import Ask, Clients, Json, compare, make_clients, median
 from ours import CONTEXT, OfflineSide, ServerSide, Setup
-from roofline import Meter, rank_size, weight_bytes
+from roofline import Meter, decode_work, rank_size, weight_bytes
 from worker import progress
 
 RANKS = (8, 16, 24, 32, 48, 64, 96, 128)  # 52 on average
@@ -23,7 +23,7 @@ def prompts(setup: Setup, count: int, length: int, draw: np.random.Generator) ->
     return [asks[0].prompt for asks in make_clients("base", count, 1, 1, length, setup.fixture.spec.vocab_size, draw)]
 
 
-def wave(setup: Setup, adapters: list[int], options: Namespace, draw: np.random.Generator) -> Clients:
+def wave(setup: Setup, adapters: Sequence[int | None], options: Namespace, draw: np.random.Generator) -> Clients:
     """One request for each of `adapters`."""
     texts = prompts(setup, len(adapters), options.prompt, draw)
     return [[Ask(text, adapter)] for text, adapter in zip(texts, adapters, strict=True)]
@@ -36,33 +36,44 @@ def repeats(options: Namespace, question: str) -> Iterator[int]:
 
 
 def distinct(setup: Setup, options: Namespace) -> Json:
-    """Does a step's time grow with the number of distinct adapters by more than 1.5x the time of reading them?"""
+    """Does a step's time grow with the number of distinct adapters by more than 1.5x the time of reading them?
+
+    And do rows of the base pay for their neighbours' adapters: is a batch in which only every other row has an
+    adapter (as many distinct ones) slower than one in which every row has?
+    """
     rows = max(options.batch)
     counts = [2**i for i in range(int(math.log2(min(rows, len(setup.adapters)))) + 1)]
+    half = counts[-1] // 2
+    kinds: dict[str, list[int | None]] = {str(count): [row % count for row in range(rows)] for count in counts}
+    kinds["0"] = [None] * rows
+    kinds["mixed"] = [row // 2 % half if row % 2 else None for row in range(rows)]
     meter, draw = Meter(setup.fixture.spec, setup.dtype, [rows]), np.random.default_rng(1)
     side = OfflineSide(setup)
-    steps: dict[int, list[float]] = {count: [] for count in counts}
+    steps: dict[str, list[float]] = {kind: [] for kind in kinds}
     added, floor = [], []
     try:
-        side.run(wave(setup, list(range(counts[-1])), options, draw), 2)
+        side.run(wave(setup, kinds[str(counts[-1])], options, draw), 2)
         for repeat in repeats(options, "distinct"):
             bandwidth = meter.measure().bandwidth
-            for i in range(len(counts)):
-                count = counts[(i + repeat) % len(counts)]
-                clients = wave(setup, [row % count for row in range(rows)], options, draw)
-                steps[count].append(side.run(clients, options.new)["itl_p50"])
+            names = list(kinds)
+            for kind in names[repeat % len(names) :] + names[: repeat % len(names)]:
+                steps[kind].append(side.run(wave(setup, kinds[kind], options, draw), options.new)["itl_p50"])
             one = options.rank * rank_size(setup.fixture.spec) * setup.dtype.itemsize
-            added.append(steps[counts[-1]][-1] - steps[1][-1])
+            added.append(steps[str(counts[-1])][-1] - steps["1"][-1])
             floor.append((counts[-1] - 1) * one / bandwidth)
     finally:
         side.close()
     return {
         "clients": rows,
-        "step_seconds": {count: median(values) for count, values in steps.items()},
+        "step_seconds": {kind: median(values) for kind, values in steps.items()},
         "increment_seconds": median(added),
         "read_seconds": median(floor),
-        "ratios": [compare("increment / reading the adapters", added, floor, 1.5, at_most=True, clients=rows)],
-    }
+        "ratios": [
+            compare("increment / reading the adapters", added, floor, 1.5, at_most=True, clients=rows),
+            compare(f"{half} adapters, base rows between / none", steps["mixed"], steps[str(half)], 1.0, at_most=True,
+                    clients=rows),
+        ],
+    }  # fmt: skip
 
 
 def mixed_ranks(setup: Setup, options: Namespace) -> Json:
@@ -185,6 +196,42 @@ def int8(setup: Setup, options: Namespace) -> Json:
     }
 
 
+def floor(setup: Setup, options: Namespace) -> Json:
+    """How much longer is a decode step, every row on another adapter, than this machine needs for its work at least?
+
+    Its bytes are read as often as a step reads them: a small base's from the third-level cache.
+    """
+    spec, draw, side = setup.fixture.spec, np.random.default_rng(6), OfflineSide(setup)
+    steps: dict[int, list[float]] = {n: [] for n in options.batch}
+    least: dict[int, list[float]] = {n: [] for n in options.batch}
+    works = {
+        n: decode_work(spec, setup.itemsizes, n, options.prompt + options.new // 2, *([n, n] if n > 1 else [0, 0]),
+                       options.rank)
+        for n in options.batch
+    }  # fmt: skip
+    meters = {n: Meter(spec, setup.dtype, [n], int(work.bytes)) for n, work in works.items()}
+    try:
+        for n in options.batch:
+            side.run(_distinct(setup, n, options, draw), 2)
+        for _ in repeats(options, "floor"):
+            for n in options.batch:
+                least[n].append(meters[n].measure().seconds(works[n], n))
+                steps[n].append(side.run(_distinct(setup, n, options, draw), options.new)["itl_p50"])
+    finally:
+        side.close()
+    return {
+        "step_seconds": {n: median(values) for n, values in steps.items()},
+        "least_seconds": {n: median(values) for n, values in least.items()},
+        "bytes": {n: work.bytes for n, work in works.items()},
+        "operations": {n: work.operations for n, work in works.items()},
+        "ratios": [compare("step / least", steps[n], least[n], 1.6, at_most=True, clients=n) for n in options.batch],
+    }
+
+
+def _distinct(setup: Setup, clients: int, options: Namespace, draw: np.random.Generator) -> Clients:
+    return _base(setup, 1, options, draw) if clients == 1 else wave(setup, range(clients), options, draw)
+
+
 def _base(setup: Setup, clients: int, options: Namespace, draw: np.random.Generator) -> Clients:
     return make_clients("base", clients, 1, 1, options.prompt, setup.fixture.spec.vocab_size, draw)
 
@@ -195,4 +242,5 @@ QUESTIONS: dict[str, Callable[[Setup, Namespace], Json]] = {
     "interference": interference,
     "memory": memory,
     "int8": int8,
+    "floor": floor,
 }
