@@ -6,6 +6,7 @@ forward pass. An adapter counts as resident once the runner has said that its la
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
@@ -46,7 +47,7 @@ class Place(Enum):
     FULL = "full"  # no room now: everything else is in use or wanted, or compaction is under way
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Extent:
     """Where a resident or loading adapter lies."""
 
@@ -62,7 +63,6 @@ class _Extent:
 class _Known:
     info: AdapterInfo
     users: int = 0  # running sequences
-    pinned: bool = False
     hits: int = 0
     value: float = 0.0  # uses, each halved every HALF_LIFE, as of `last_used`
     last_used: float = 0.0
@@ -84,7 +84,11 @@ class Residency:
         self._copy_bytes, self._move_bytes = copy_bytes, move_bytes
         self._clock = clock
         self._known: dict[str, _Known] = {}
+        self._pinned: set[str] = set()
         self._extents: dict[str, _Extent] = {}
+        self._ordered: list[_Extent] = []  # by offset
+        self._loading: dict[str, _Extent] = {}  # those that are not resident yet, first come first
+        self._used = 0
         self._spare_handles: list[int] = []
         self._handles = 0
         self._instructions: list[Instruction] = []
@@ -109,14 +113,17 @@ class Residency:
     def knows(self, digest: str) -> bool:
         return digest in self._known
 
+    def info(self, digest: str) -> AdapterInfo:
+        return self._known[digest].info
+
     def pin(self, digest: str, pinned: bool = True) -> None:
         """A pinned adapter is not evicted once it is resident."""
-        self._known[digest].pinned = pinned
+        assert digest in self._known
+        (self._pinned.add if pinned else self._pinned.discard)(digest)
 
     def fits(self, digest: str) -> bool:
         """Whether the adapter would fit beside the pinned ones."""
-        others = (k.info for k in self._known.values() if k.pinned and k.info.digest != digest)
-        return sum(_aligned(info.nbytes) for info in others) + self.size(digest) <= self.budget
+        return sum(self.size(other) for other in self._pinned | {digest}) <= self.budget
 
     # --- use --------------------------------------------------------------------------------------------------
 
@@ -142,15 +149,15 @@ class Residency:
 
     def movable(self) -> dict[str, int]:
         """The adapters in the slab that are not pinned, with their sizes in bytes."""
-        return {digest: e.size for digest, e in self._extents.items() if not self._known[digest].pinned}
+        return {digest: e.size for digest, e in self._extents.items() if digest not in self._pinned}
 
     @property
     def loading(self) -> bool:
-        return any(not extent.resident for extent in self._extents.values())
+        return bool(self._loading)
 
     @property
     def used(self) -> int:
-        return sum(extent.size for extent in self._extents.values())
+        return self._used
 
     # --- making room ------------------------------------------------------------------------------------------
 
@@ -176,25 +183,26 @@ class Residency:
             return Place.FULL
         handle = self._spare_handles.pop() if self._spare_handles else self._handles
         self._handles = max(self._handles, handle + 1)
-        self._extents[digest] = _Extent(digest, handle, offset, size)
+        extent = self._extents[digest] = self._loading[digest] = _Extent(digest, handle, offset, size)
+        insort(self._ordered, extent, key=lambda other: other.offset)
+        self._used += size
         return Place.LOADING
 
     def evictable(self, digest: str, keep: Collection[str]) -> bool:
         """Whether a resident adapter may go now."""
         known, extent = self._known[digest], self._extents[digest]
-        return extent.resident and known.users == 0 and not known.pinned and digest not in keep
+        return extent.resident and known.users == 0 and digest not in self._pinned and digest not in keep
 
     def size(self, digest: str) -> int:
         """Bytes the adapter takes in the slab."""
         return _aligned(self._known[digest].info.nbytes)
 
-    def _sorted(self) -> list[_Extent]:
-        return sorted(self._extents.values(), key=lambda extent: extent.offset)
-
     def _find(self, size: int) -> int | None:
         """First fit."""
+        if self.budget - self._used < size:
+            return None
         end = 0
-        for extent in self._sorted():
+        for extent in self._ordered:
             if extent.offset - end >= size:
                 return end
             end = extent.offset + extent.size
@@ -206,14 +214,12 @@ class Residency:
         Value is frequency x recency x cost of a reload, for each byte held (GreedyDual-Size-Frequency without its
         clock: Cherkasova 1998).
         """
-        now, free = self._clock(), self.budget - self.used
+        now, free = self._clock(), self.budget - self._used
         candidates = [digest for digest in self._extents if self.evictable(digest, keep)]
         if free + sum(self.size(digest) for digest in candidates) < size:
             return False
         candidates.sort(key=lambda digest: self._worth(digest, now), reverse=True)
-        while self._find(size) is None and candidates:
-            if free >= size:
-                break  # compaction is cheaper than another reload
+        while free < size:  # then there may be no hole of that size yet: compaction is cheaper than another reload
             digest = candidates.pop()
             free += self.size(digest)
             self._remove(digest)
@@ -226,13 +232,16 @@ class Residency:
 
     def _remove(self, digest: str) -> None:
         extent = self._extents.pop(digest)
+        self._ordered.remove(extent)
+        self._loading.pop(digest, None)
+        self._used -= extent.size
         self._spare_handles.append(extent.handle)
         self._instructions.append(AdapterDrop(extent.handle))
 
     def _compact(self, size: int) -> int | None:
         """Slide adapters down into the holes below them, within this step's bytes, until a hole of `size` opens."""
         end = 0
-        for extent in self._sorted():
+        for extent in self._ordered:
             if extent.offset > end:
                 if self._moved and self._moved + extent.size > self._move_bytes:
                     return None
@@ -251,9 +260,9 @@ class Residency:
         """What the runner has to do before this step, in order."""
         taken, self._instructions, self._moved = self._instructions, [], 0
         room = self._copy_bytes
-        for extent in self._extents.values():
-            if extent.resident or room <= 0:
-                continue
+        for extent in self._loading.values():
+            if room <= 0:
+                break
             info = self._known[extent.digest].info
             count = min(room, info.nbytes - extent.copied)
             taken.append(
@@ -275,10 +284,13 @@ class Residency:
         """The runner has carried out a copy: the adapter is resident if that was the last part."""
         extent = self._extents[digest]
         extent.resident = extent.copied == self._known[digest].info.nbytes
+        if extent.resident:
+            self._loading.pop(digest, None)
 
     def failed(self, digest: str) -> None:
         """The runner could not read the adapter: it is forgotten, and has to be registered again."""
         self._remove(digest)
+        self._pinned.discard(digest)
         del self._known[digest]
 
     def stats(self) -> list[AdapterStats]:
