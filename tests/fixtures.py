@@ -212,16 +212,18 @@ def make_slab(paths: list[Path], spec: Any) -> Any:
 
     table = torch.zeros(len(paths), len(spec.sites), 5, dtype=torch.int64)
     scale = torch.zeros(len(paths), len(spec.sites))
+    vectors = torch.full((len(paths), len(spec.sites), 2), -1)
     parts, at = [], 0
     for handle, path in enumerate(paths):
         compiled = open_compiled(path)
         for e in compiled.header.entries:
             table[handle, e.site] = torch.tensor([at + e.a, at + e.b, e.stride_a, e.stride_b, e.rank])
             scale[handle, e.site] = e.scale
+            vectors[handle, e.site] = torch.tensor([-1 if place < 0 else at + place for place in (e.gain, e.shift)])
         part = torch.from_numpy(compiled.data.copy())
         parts.append(part.view(torch.bfloat16) if compiled.header.dtype == "bfloat16" else part)
         at += part.numel()
-    return Slab(torch.cat(parts), table, scale)
+    return Slab(torch.cat(parts), table, scale, vectors)
 
 
 def make_batch(rows: list[torch.Tensor], adapters: list[int | None]) -> Any:
@@ -251,6 +253,7 @@ def make_batch(rows: list[torch.Tensor], adapters: list[int | None]) -> Any:
         max_query=int(lengths.max()),
         max_kv=int(lengths.max()),
         token_segments=segments,
+        scaled=True,
     )
 
 

@@ -148,6 +148,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_rank: int
     sites: int
     kind: str = "lora"
+    invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence in a prompt on it acts; None: all
 
 
 class BaseIdentity(msgspec.Struct, frozen=True, kw_only=True):

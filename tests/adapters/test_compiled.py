@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.fixtures import make_slab
 
+from lorikeet.adapters.checkpoint import BaseTensors
 from lorikeet.adapters.compiled import ALIGNMENT, bfloat16_bits, compile_adapter, compiled_name, open_compiled, trim
 from lorikeet.adapters.files import CONFIG, WEIGHTS, AdapterFile, Lock, LockedBase, write_lock
-from lorikeet.adapters.normal import compile_lora
+from lorikeet.adapters.normal import compile_entries
 from lorikeet.errors import AdapterError, LockMismatchError
 from lorikeet.model.families import load_spec
 from lorikeet.types import BaseIdentity
@@ -33,7 +34,7 @@ def test_the_file_holds_the_entries(
 ) -> None:
     spec, folder = load_spec(checkpoint("llama")), adapters("llama", 4)[3]
     with AdapterFile(folder) as file:
-        entries = compile_lora(file.config, file.load()[0], spec)
+        entries = compile_entries(file.config, file.load()[0], spec, BaseTensors(()))
     info = compile_adapter(folder, spec, BASE, dtype, cache)  # type: ignore[arg-type]
     assert (info.kind, info.max_rank, info.sites) == ("lora", 5, 21)
     compiled = open_compiled(Path(info.path))

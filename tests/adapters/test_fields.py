@@ -1,4 +1,4 @@
-"""Every field of the installed peft's LoraConfig is classified; what is not handled is refused by name."""
+"""Every field of the installed peft's configs is classified; what is not handled is refused by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorikeet.adapters.fields import HANDLED, IRRELEVANT, REFUSED
+from lorikeet.adapters.fields import KINDS, REFUSED_KINDS
 from lorikeet.adapters.files import read_config
 from lorikeet.errors import AdapterError
 
@@ -20,12 +20,20 @@ def write(folder: Path, **fields: Any) -> Path:
     return folder
 
 
-def test_every_field_of_peft_is_classified_once() -> None:
-    from peft import LoraConfig
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_field_of_peft_is_classified_once(kind: str) -> None:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields - HANDLED - IRRELEVANT - REFUSED.keys() == set()
-    assert not HANDLED & IRRELEVANT and not (HANDLED | IRRELEVANT) & REFUSED.keys()
+    fields, ours = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}, KINDS[kind]
+    assert fields - ours.handled - ours.irrelevant - ours.refused.keys() == set()
+    assert not ours.handled & ours.irrelevant and not (ours.handled | ours.irrelevant) & ours.refused.keys()
+
+
+def test_every_kind_of_peft_is_handled_or_refused() -> None:
+    from peft import PeftType
+
+    assert {kind.value for kind in PeftType} <= KINDS.keys() | REFUSED_KINDS.keys()
+    assert not KINDS.keys() & REFUSED_KINDS.keys()
 
 
 def test_the_defaults_of_peft_are_accepted(tmp_path: Path) -> None:
@@ -37,38 +45,34 @@ def test_the_defaults_of_peft_are_accepted(tmp_path: Path) -> None:
 
 
 VALUES: dict[str, Any] = {
-    "alora_invocation_tokens": [1, 2],
-    "bias": "all",
     "ensure_weight_tying": True,
     "fan_in_fan_out": True,
     "init_lora_weights": "pissa",
     "layer_replication": [[0, 2]],
     "loftq_config": {"loftq_bits": 4},
-    "lora_bias": True,
     "modules_to_save": ["lm_head"],
     "target_parameters": ["experts.w"],
     "trainable_token_indices": [5],
-    "use_dora": True,
     "use_qalora": True,
 }
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(KINDS["LORA"].refused))
 def test_refused_fields_are_named_with_what_was_found(name: str, tmp_path: Path) -> None:
     value = VALUES.get(name, {"anything": 1})
     with pytest.raises(AdapterError, match=f"adapter_config.json: {name}: expected") as caught:
         read_config(write(tmp_path, **{name: value}))
     assert str(value) in caught.value.message and caught.value.hint
     assert caught.value.status == 422 and caught.value.param == name
-    for neutral in (None, *REFUSED[name][0]):
+    for neutral in (None, *KINDS["LORA"].refused[name][0]):
         read_config(write(tmp_path, **{name: neutral}))
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "VERA"}, "peft_type: expected 'LORA', found 'VERA'"),
-        ({"peft_type": None}, "peft_type: expected 'LORA', found 'None'"),
+        ({"peft_type": "BOFT"}, "peft_type: expected 'LORA' or 'IA3' or 'VERA', found 'BOFT'"),
+        ({"peft_type": None}, "peft_type: expected 'LORA' or 'IA3' or 'VERA', found 'None'"),
         ({"task_type": "SEQ_CLS"}, "task_type: expected 'CAUSAL_LM', found 'SEQ_CLS'"),
         ({"use_newest_thing": True}, "use_newest_thing: expected no such field, found 'True'"),
         ({"use_newest_thing": 0}, "use_newest_thing: expected no such field"),

@@ -11,9 +11,10 @@ import pytest
 import torch
 from tests.fixtures import make_batch, make_slab, oracle, sample_tokens
 
+from lorikeet.adapters.checkpoint import BaseTensors
 from lorikeet.adapters.compiled import compile_adapter
 from lorikeet.adapters.files import AdapterFile, LoraConfig
-from lorikeet.adapters.normal import check_lora, compile_lora
+from lorikeet.adapters.normal import check_adapter, compile_entries
 from lorikeet.errors import AdapterError
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.model.decoder import forward
@@ -81,7 +82,7 @@ def test_entries_are_unfolded_and_in_site_order(
     spec = load_spec(checkpoint("llama"))
     with AdapterFile(adapters("llama", 4)[3]) as file:
         tensors, _ = file.load()
-        entries = compile_lora(file.config, tensors, spec)
+        entries = compile_entries(file.config, tensors, spec, BaseTensors(()))
     assert [entry.site.index for entry in entries] == list(range(7 * spec.num_layers))
     for entry in entries:
         assert entry.a.shape == (5, entry.site.d_in) and entry.b.shape == (5, entry.site.d_out)
@@ -113,6 +114,10 @@ Q1 = "model.layers.1.self_attn.q_proj"
         ({(Q1, "B"): None}, r"q_proj\.lora_B\.weight is missing"),
         ({(Q1, "A"): None, (Q1, "B"): None}, r"layers\.1\.self_attn\.q_proj\.lora_A\.weight is missing"),
         ({("model.layers.1.self_attn.k_proj", "A"): (2, 64)}, r"k_proj: not among the modules"),
+        ({(Q1, "magnitude"): (64,)}, r"q_proj\.lora_magnitude_vector: adapter_config\.json says nothing of it"),
+        ({(Q1, "B.bias"): (64,)}, r"q_proj\.lora_B\.bias: adapter_config\.json says nothing of it"),
+        ({(Q1, "bias"): (64,)}, r"q_proj\.bias: adapter_config\.json says nothing of it"),
+        ({("", "shared_A"): (2, 64)}, "base_model.vera_A|this base"),
         ({("model.layers.9.self_attn.q_proj", "A"): (2, 64)}, r"layers\.9\.self_attn\.q_proj: this base .* 3 layers"),
         ({("model.layers.1.mlp.router", "A"): (2, 64)}, r"router: this base .* has no such module"),
         ({("lm_head", "A"): (2, 64)}, r"lm_head: adapters of embedding and head are not supported"),
@@ -124,7 +129,7 @@ def test_what_does_not_fit_is_named(
     base = checkpoint("llama")
     shapes = {k: v for k, v in {**shapes_of(LORA, base), **change}.items() if v is not None}
     with pytest.raises(AdapterError, match=message):
-        check_lora(LORA, shapes, load_spec(base))  # type: ignore[arg-type]
+        check_adapter(LORA, shapes, load_spec(base))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +145,7 @@ def test_targets_that_cannot_be(targets: str | tuple[str, ...], message: str, ch
     base = checkpoint("llama")
     config = replace(LORA, target_modules=targets)
     with pytest.raises(AdapterError, match=message):
-        check_lora(config, shapes_of(config, base), load_spec(base))  # type: ignore[arg-type]
+        check_adapter(config, shapes_of(config, base), load_spec(base))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,7 @@ def test_matching_is_pefts(options: dict[str, object], checkpoint: Callable[...,
     adapted.save_pretrained(str(tmp_path))
     with AdapterFile(tmp_path) as file:
         config = file.config
-        found = check_lora(config, file.shapes, load_spec(base))
+        found = check_adapter(config, file.shapes, load_spec(base))
     assert {name: (config.rank_of(name), config.scale_of(name)) for name in found} == expected
 
 
@@ -187,4 +192,4 @@ def test_a_pattern_that_matches_nothing_is_refused(checkpoint: Callable[..., Pat
     base = checkpoint("llama")
     config = replace(LORA, alpha_pattern={"v_proj": 3.0})
     with pytest.raises(AdapterError, match="alpha_pattern: 'v_proj' matches no targeted module"):
-        check_lora(config, shapes_of(config, base), load_spec(base))  # type: ignore[arg-type]
+        check_adapter(config, shapes_of(config, base), load_spec(base))  # type: ignore[arg-type]

@@ -57,7 +57,8 @@ class World:
     base: BaseIdentity
     adapters: dict[str, CompiledAdapter] = field(default_factory=dict)
 
-    def adapter(self, seed: int, rank: int = 3, roles: Iterable[str] = ("q", "v", "o", "gate", "down")) -> AdapterInfo:
+    def adapter(self, seed: int, rank: int = 3, roles: Iterable[str] = ("q", "v", "o", "gate", "down"),
+                scaled: bool = False, invocation: tuple[int, ...] | None = None) -> AdapterInfo:  # fmt: skip
         """A random adapter, strong enough to change greedy tokens."""
         generator = np.random.default_rng(seed)
         entries = []
@@ -65,9 +66,10 @@ class World:
             if site.role in roles:
                 a = generator.normal(0, site.d_in**-0.5, (rank, site.d_in)).astype(np.float32)
                 b = generator.normal(0, 0.5, (rank, site.d_out)).astype(np.float32)
-                entries.append(Entry(site, a, b, 0.7))
-        digest = hashlib.sha256(f"{seed} {rank}".encode()).hexdigest()
-        header, data = lay_out(entries, digest, self.base, "float32")
+                vectors = generator.normal(1, 0.3, (2, site.d_out)).astype(np.float32) if scaled else (None, None)
+                entries.append(Entry(site, a, b, 0.7, *vectors))
+        digest = hashlib.sha256(f"{seed} {rank} {scaled} {invocation}".encode()).hexdigest()
+        header, data = lay_out(entries, digest, self.base, "float32", invocation=invocation)
         self.adapters[digest] = CompiledAdapter(header, data)
         return header.info(Path(digest))
 
@@ -103,12 +105,12 @@ class World:
     def _open(self, path: Path) -> CompiledAdapter:
         return self.adapters[str(path)]
 
-    def dense_logits(self, tokens: list[int], adapter: str | None = None) -> torch.Tensor:
-        """Logits [T, V] without cache or batch."""
+    def dense_logits(self, tokens: list[int], adapter: str | None = None, acts_from: int = 0) -> torch.Tensor:
+        """Logits [T, V] without cache or batch; the adapter acts on tokens from position `acts_from` on."""
         slab, segments = None, None
         if adapter is not None:
             slab = self._slab(adapter)
-            segments = Segments(torch.arange(len(tokens)), [0, len(tokens)], [0], True)
+            segments = Segments(torch.arange(acts_from, len(tokens)), [0, len(tokens) - acts_from], [0], True)
         count = len(tokens)
         batch = Batch(
             tokens=torch.tensor(tokens),
@@ -118,6 +120,7 @@ class World:
             max_query=count,
             max_kv=count,
             token_segments=segments,
+            scaled=True,
         )
         with torch.inference_mode():
             return forward(self.spec, self.weights, batch, ReferenceOps(), slab)
@@ -131,11 +134,11 @@ class World:
         assert slab.carry_out(residency.instructions()) == {}
         return slab.slab
 
-    def greedy(self, prompt: list[int], count: int, adapter: str | None = None) -> list[int]:
+    def greedy(self, prompt: list[int], count: int, adapter: str | None = None, acts_from: int = 0) -> list[int]:
         """Greedy tokens by the dense oracle, up to and with EOS."""
         tokens = list(prompt)
         while len(tokens) < len(prompt) + count:
-            tokens.append(int(self.dense_logits(tokens, adapter)[-1].argmax()))
+            tokens.append(int(self.dense_logits(tokens, adapter, acts_from)[-1].argmax()))
             if tokens[-1] == EOS:
                 break
         return tokens[len(prompt) :]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,8 +21,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, check_lock, read_lock
-from lorikeet.adapters.normal import Entry, check_lora, compile_lora
+from lorikeet.adapters.checkpoint import BaseTensors
+from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, LoraConfig, check_lock, read_lock
+from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
 from lorikeet.errors import AdapterError
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, BaseIdentity
@@ -36,7 +38,10 @@ _MAX_HEADER = 64 * 2**20
 
 
 class CompiledEntry(msgspec.Struct, frozen=True, array_like=True):
-    """One site: element offsets and row strides of A [rank, d_in] and B [rank, d_out], and the scalar s."""
+    """One site: element offsets and row strides of A [rank, d_in] and B [rank, d_out], and the scalar s.
+
+    `gain` and `shift` are the offsets of vectors [d_out], fp32 whatever the dtype of A and B; -1: none.
+    """
 
     site: int
     a: int
@@ -45,6 +50,8 @@ class CompiledEntry(msgspec.Struct, frozen=True, array_like=True):
     stride_b: int
     rank: int
     scale: float
+    gain: int = -1
+    shift: int = -1
 
 
 class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +63,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     nbytes: int
     entries: list[CompiledEntry]
+    invocation: tuple[int, ...] | None = None
 
     def info(self, path: Path) -> AdapterInfo:
         return AdapterInfo(
@@ -65,6 +73,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
             max_rank=max(entry.rank for entry in self.entries),
             sites=len(self.entries),
             kind=self.kind,
+            invocation=self.invocation,
         )
 
 
@@ -83,16 +92,18 @@ def compile_adapter(
     dtype: Dtype,
     cache: Path,
     allow_lock_mismatch: bool = False,
+    checkpoint: Sequence[Path] = (),
 ) -> AdapterInfo:
     """Read, check, hash and compile the PEFT directory `folder` for one base; an existing file is used again.
 
-    The file appears whole or not at all. Raises AdapterError (422) or LockMismatchError (409).
+    `checkpoint` are the base's safetensors files, read only for kinds that depend on them. The file appears whole or
+    not at all. Raises AdapterError (422) or LockMismatchError (409).
     """
     lock = read_lock(folder)
     if lock is not None and not allow_lock_mismatch:
         check_lock(lock, base)
     with AdapterFile(folder) as file:
-        check_lora(file.config, file.shapes, spec)  # before any data is read
+        check_adapter(file.config, file.shapes, spec)  # before any data is read
         tensors, digest = file.load()
         path = cache / compiled_name(digest, base, dtype)
         if path.exists():
@@ -102,7 +113,9 @@ def compile_adapter(
                 return info
             except AdapterError:
                 path.unlink(missing_ok=True)  # a damaged cache file is made again
-        header, data = lay_out(compile_lora(file.config, tensors, spec), digest, base, dtype)
+        entries = compile_entries(file.config, tensors, spec, BaseTensors(checkpoint))
+        invocation = file.config.invocation if isinstance(file.config, LoraConfig) else None
+        header, data = lay_out(entries, digest, base, dtype, file.config.kind, invocation)
     _write(path, header, data)
     return header.info(path)
 
@@ -126,7 +139,12 @@ def compiled_name(digest: str, base: BaseIdentity, dtype: Dtype) -> str:
 
 
 def lay_out(
-    entries: list[Entry], digest: str, base: BaseIdentity, dtype: Dtype, kind: str = "lora"
+    entries: list[Entry],
+    digest: str,
+    base: BaseIdentity,
+    dtype: Dtype,
+    kind: str = "lora",
+    invocation: tuple[int, ...] | None = None,
 ) -> tuple[CompiledHeader, NDArray[Any]]:
     """Place entries layer by layer, rows aligned, values rounded to `dtype` (nearest, ties to even)."""
     storage = np.dtype(_STORAGE[dtype])
@@ -138,18 +156,26 @@ def lay_out(
         strides = [tuple(-(-part.shape[1] // step) * step for part in (entry.a, entry.b)) for entry in layer]
         a = at
         b = a + sum(entry.rank * stride_a for entry, (stride_a, _) in zip(layer, strides, strict=True))
+        at = b + sum(entry.rank * stride_b for entry, (_, stride_b) in zip(layer, strides, strict=True))
         for entry, (stride_a, stride_b) in zip(layer, strides, strict=True):
-            placed.append(CompiledEntry(entry.site.index, a, b, stride_a, stride_b, entry.rank, entry.scale))
+            vectors = []
+            for vector in (entry.gain, entry.shift):
+                vectors.append(-1 if vector is None else at)
+                at += 0 if vector is None else -(-4 * entry.site.d_out // ALIGNMENT) * step
+            placed.append(CompiledEntry(entry.site.index, a, b, stride_a, stride_b, entry.rank, entry.scale, *vectors))
             a, b = a + entry.rank * stride_a, b + entry.rank * stride_b
-        at = b
     data = np.zeros(at, storage)
     for entry, place in zip(entries, placed, strict=True):
         for part, start, stride in ((entry.a, place.a, place.stride_a), (entry.b, place.b, place.stride_b)):
             rows = data[start : start + entry.rank * stride].reshape(entry.rank, stride)
             rows[:, : part.shape[1]] = part if dtype == "float32" else bfloat16_bits(part)
+        for vector, start in ((entry.gain, place.gain), (entry.shift, place.shift)):
+            if vector is not None:
+                data[start:].view(np.float32)[: len(vector)] = vector
     header = CompiledHeader(
-        digest=digest, base_sha256=base.sha256, dtype=dtype, kind=kind, nbytes=data.nbytes, entries=placed
-    )
+        digest=digest, base_sha256=base.sha256, dtype=dtype, kind=kind, nbytes=data.nbytes, entries=placed,
+        invocation=invocation,
+    )  # fmt: skip
     return header, data
 
 

@@ -1,49 +1,40 @@
-"""Every field of PEFT's LoraConfig: handled, irrelevant to the computation, or refused unless neutral. No torch."""
+"""Every field of PEFT's configs, kind by kind: handled, irrelevant to the computation, or refused unless neutral.
+
+No torch.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from lorikeet.errors import AdapterError
 
-HANDLED = frozenset(
-    {
-        "peft_type",
-        "task_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    }
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of one kind. `refused`: name -> (neutral values besides null, what to do about any other value)."""
+
+    handled: frozenset[str]
+    irrelevant: frozenset[str]
+    refused: dict[str, tuple[tuple[Any, ...], str]]
+
+
+_TARGETS = frozenset(
+    {"peft_type", "task_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 )
 # Training only, or provenance: the saved tensors mean the same whatever stands here.
-IRRELEVANT = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "lora_dropout",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",  # read only together with use_qalora
-        "revision",
-        "runtime_config",
-    }
+_PROVENANCE = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
 )
-# name -> (neutral values besides null, what to do about any other value)
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "alora_invocation_tokens": ((), "activated LoRA is not supported"),
+_STORED_BY_INPUT = ((False,), "the base's linear layers are stored [out, in]")
+_WHOLE_MODULES: tuple[tuple[Any, ...], str] = (([],), "fully trained modules are not supported")
+_LORA_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "arrow_config": ((), "Arrow routing is not supported"),
-    "bias": (("none",), "trained biases are not supported"),
     "corda_config": ((), "CorDA changes the base weights; convert the adapter to plain LoRA when saving"),
-    "ensure_weight_tying": ((False,), "adapters of embedding and head are not supported"),
     "eva_config": ((), "remove it if the adapter was initialised with EVA and saved as plain LoRA"),
-    "fan_in_fan_out": ((False,), "the base's linear layers are stored [out, in]"),
+    "ensure_weight_tying": ((False,), "adapters of embedding and head are not supported"),
+    "fan_in_fan_out": _STORED_BY_INPUT,
     "init_lora_weights": (
         (True, False, "gaussian", "orthogonal"),
         "this initialisation changes the base weights; save with path_initial_model_for_weight_conversion",
@@ -51,38 +42,85 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "kasa_config": ((), "KaSA is not supported"),
     "layer_replication": ((), "replicated layers are not supported"),
     "loftq_config": (({},), "LoftQ changes the base weights; convert the adapter to plain LoRA when saving"),
-    "lora_bias": ((False,), "biases of LoRA B are not supported"),
     "lora_ga_config": ((), "LoRA-GA changes the base weights; convert the adapter to plain LoRA when saving"),
     "megatron_config": ((), "Megatron layers are not supported"),
-    "modules_to_save": (([],), "fully trained modules are not supported"),
+    "modules_to_save": _WHOLE_MODULES,
     "monteclora_config": ((), "MonteCLoRA is not supported"),
     "target_parameters": (([],), "adapters of bare parameters are not supported"),
     "trainable_token_indices": (([], {}), "trained token rows are not supported"),
     "use_bdlora": ((False,), "BD-LoRA is not supported"),
-    "use_dora": ((False,), "DoRA is not supported"),
     "use_qalora": ((False,), "QA-LoRA is not supported"),
     "velora_config": ((), "VeLoRA is not supported"),
 }
+KINDS = {
+    "LORA": Fields(
+        _TARGETS
+        | {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "bias"}
+        | {"alora_invocation_tokens"},
+        _PROVENANCE | {"lora_dropout", "megatron_core", "qalora_group_size"},  # the last only with use_qalora
+        _LORA_REFUSED,
+    ),
+    "IA3": Fields(
+        _TARGETS - {"layers_to_transform", "layers_pattern"} | {"feedforward_modules"},
+        _PROVENANCE | {"init_ia3_weights"},
+        {"fan_in_fan_out": _STORED_BY_INPUT, "modules_to_save": _WHOLE_MODULES},
+    ),
+    "VERA": Fields(
+        _TARGETS | {"r"},
+        _PROVENANCE | {"projection_prng_key", "vera_dropout", "d_initial", "init_weights"},
+        {
+            "fan_in_fan_out": _STORED_BY_INPUT,
+            "modules_to_save": _WHOLE_MODULES,
+            "bias": (("none",), "trained biases are supported for LoRA only"),
+            "save_projection": ((True,), "its projections are not in the file; save it with save_projection=True"),
+        },
+    ),
+}
+_NO_PAIR = "its update of a weight is no low-rank pair of its own"
+_PROMPT = "it trains what stands before a prompt, which is not supported"
+# Kinds without a normal form, and why.
+REFUSED_KINDS = {
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"), _PROMPT
+    ),
+    **dict.fromkeys(
+        ("LOHA", "LOKR", "OFT", "BOFT", "HRA", "FOURIERFT", "WAVEFT", "C3A", "SHIRA", "HIRA", "ROAD", "OSF", "PSOFT"),
+        f"{_NO_PAIR}: a product, rotation, spectrum or mask of the weight",
+    ),
+    "ADALORA": "convert it to LoRA: fold its singular values into B and drop those that were pruned",
+    "TRAINABLE_TOKENS": "train it as LoRA with trainable_token_indices",
+    "LN_TUNING": "train it as LoRA with the norms in modules_to_save",
+    **dict.fromkeys(
+        ("ADAPTION_PROMPT", "POLY", "XLORA", "ADAMSS", "BEFT", "LILY", "FROD", "PVERA", "GLORA", "VBLORA", "UNILORA",
+         "MISS", "RANDLORA", "DELORA", "GRALORA", "TINYLORA", "PEANUT", "SHADOW", "SUPERTUNING", "DEFT"),
+        "this kind is not supported",
+    ),
+}  # fmt: skip
 _NEUTRAL_UNKNOWN: tuple[Any, ...] = (None, False, {}, [])
 
 
-def refuse_unsupported(raw: dict[str, Any], file: str) -> None:
-    """Raise AdapterError for the first field that changes the computation and is not handled, by name."""
-    if raw.get("peft_type") != "LORA":
-        raise field_error(file, "peft_type", "'LORA'", raw.get("peft_type"), "other adapter kinds are not supported")
+def refuse_unsupported(raw: dict[str, Any], file: str) -> str:
+    """The kind of an adapter's config. AdapterError, by name, for the first field that changes the computation and is
+    not handled."""
+    kind = raw.get("peft_type")
+    if not isinstance(kind, str) or kind not in KINDS:
+        reason = REFUSED_KINDS.get(str(kind), "no such kind is known here")
+        raise field_error(file, "peft_type", " or ".join(map(repr, KINDS)), kind, reason)
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
         raise field_error(file, "task_type", "'CAUSAL_LM'", raw["task_type"], "only causal language models are served")
+    fields = KINDS[kind]
     for name, value in raw.items():
-        if name in HANDLED or name in IRRELEVANT:
+        if name in fields.handled or name in fields.irrelevant:
             continue
-        if name not in REFUSED:
+        if name not in fields.refused:
             if not _among(value, _NEUTRAL_UNKNOWN):
                 raise field_error(file, name, "no such field", value, "this field of PEFT's config is not known here")
             continue
-        neutral, hint = REFUSED[name]
+        neutral, hint = fields.refused[name]
         if value is not None and not _among(value, neutral):
             expected = " or ".join(map(repr, neutral)) or "null"
             raise field_error(file, name, expected, value, hint)
+    return kind
 
 
 def field_error(file: str, name: str, expected: str, found: Any, hint: str | None = None) -> AdapterError:

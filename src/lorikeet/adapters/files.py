@@ -26,40 +26,38 @@ from lorikeet.types import BaseIdentity
 
 CONFIG, WEIGHTS, LOCK = "adapter_config.json", "adapter_model.safetensors", "lorikeet.json"
 Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what makes an adapter
-Side = Literal["A", "B"]
+# What a stored tensor is of its module. A and B: LoRA. `shared` parts belong to the adapter as a whole.
+Part = Literal[
+    "A", "B", "B.bias", "magnitude", "bias", "ia3", "lambda_b", "lambda_d", "shared_A", "shared_B"
+]  # fmt: skip
 Array = NDArray[np.float32]
 Number = TypeVar("Number", int, float)
 
 _MAX_JSON = 2**20
 _PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt", "adapter_model.pkl")
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>[^/\\]+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_SHARED: dict[str, Part] = {"base_model.vera_A": "shared_A", "base_model.vera_B": "shared_B"}
+_SUFFIXES: dict[Part, str] = {
+    "A": r"lora_A(?:\.default)?\.weight",
+    "B": r"lora_B(?:\.default)?\.weight",
+    "B.bias": r"lora_B(?:\.default)?\.bias",
+    "magnitude": r"lora_magnitude_vector(?:\.default)?(?:\.weight)?",
+    "ia3": r"ia3_l(?:\.default)?",
+    "lambda_b": r"vera_lambda_b(?:\.default)?",
+    "lambda_d": r"vera_lambda_d(?:\.default)?",
+    "bias": r"(?:base_layer\.)?bias",
+}
+_KEYS = {part: re.compile(rf"(?:base_model\.model\.)?(?P<module>[^/\\]+?)\.{end}") for part, end in _SUFFIXES.items()}
 _FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """What an `adapter_config.json` says that changes the computation.
+class Targets:
+    """The modules that an adapter acts on, as an `adapter_config.json` of any kind says it."""
 
-    Ranks and alphas of a module are those of the first pattern that matches its name, else `r` and `alpha`.
-    """
-
-    r: int
-    alpha: float
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
-
-    def rank_of(self, module: str) -> int:
-        return _first_match(self.rank_pattern, module, self.r)
-
-    def scale_of(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023)."""
-        rank, alpha = self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would put an adapter on the module of this name (its `check_target_module_exists`)."""
@@ -76,6 +74,64 @@ class LoraConfig:
         return match is not None and int(match[1]) in self.layers_to_transform
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Targets):
+    """What the config of a LoRA says that changes the computation.
+
+    Ranks and alphas of a module are those of the first pattern that matches its name, else `r` and `alpha`.
+    """
+
+    r: int
+    alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"  # none | lora_only | all: which of the base's own biases were trained
+    invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence on the adapter acts (aLoRA)
+
+    def rank_of(self, module: str) -> int:
+        return _first_match(self.rank_pattern, module, self.r)
+
+    def scale_of(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (Kalajdzievski 2023)."""
+        rank, alpha = self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def kind(self) -> str:
+        """ "lora" where A, B and their scale are all there is."""
+        special = {"dora": self.use_dora, "alora": self.invocation is not None}
+        return next((name for name, there in special.items() if there), "lora" if self.is_plain else "lora with biases")
+
+    @property
+    def is_plain(self) -> bool:
+        return not (self.use_dora or self.lora_bias or self.bias != "none" or self.invocation is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3Config(Targets):
+    """IA3 (Liu et al. 2022): vectors that outputs are multiplied with, or inputs of `feedforward_modules`."""
+
+    feedforward_modules: str | tuple[str, ...] = ()
+    kind = "ia3"
+
+    def is_feedforward(self, module: str) -> bool:
+        return bool(self.feedforward_modules) and _names(self.feedforward_modules, module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeraConfig(Targets):
+    """VeRA (Kopiczko et al. 2024): vectors around one pair of projections that all modules share."""
+
+    r: int
+    kind = "vera"
+
+
+AdapterConfig = LoraConfig | Ia3Config | VeraConfig
+
+
 def _first_match(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
     return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
@@ -88,9 +144,9 @@ def _names(wanted: str | tuple[str, ...], module: str) -> bool:
 
 
 class AdapterFile:
-    """A PEFT LoRA directory whose config and header are checked; `load` reads the tensors.
+    """A PEFT directory whose config and header are checked; `load` reads the tensors.
 
-    `shapes` maps (module name in the base, "A" or "B") to the stored shape: A is [r, d_in], B is [d_out, r].
+    `shapes` maps (module name in the base, part) to the stored shape; of LoRA, A is [r, d_in] and B is [d_out, r].
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,24 +173,20 @@ class AdapterFile:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._file.__exit__(kind, value, tb)
 
-    def load(self) -> tuple[dict[tuple[str, Side], Array], str]:
+    def load(self) -> tuple[dict[tuple[str, Part], Array], str]:
         """All tensors as finite fp32 in their stored shapes, and the content hash of exactly these bytes."""
         data = self._file.read()
         raw = {key: (entry, data[entry.start : entry.stop]) for key, entry in self._entries.items()}
         return {key: self._decode(key, *parts) for key, parts in raw.items()}, content_hash(self.config, raw)
 
-    def _parse_names(self) -> dict[tuple[str, Side], TensorEntry]:
-        entries: dict[tuple[str, Side], TensorEntry] = {}
+    def _parse_names(self) -> dict[tuple[str, Part], TensorEntry]:
+        entries: dict[tuple[str, Part], TensorEntry] = {}
         for name, entry in self._file.entries.items():
-            match = _KEY.fullmatch(name)
-            if match is None:
-                hint = "expected base_model.model.<module>.lora_A.weight or lora_B.weight of linear layers"
-                raise AdapterError(f"{WEIGHTS}: tensor {name!r} is not supported", hint=hint, param=name)
+            key = parse_name(name)
             if entry.dtype not in _FLOATS:
                 raise AdapterError(f"{WEIGHTS}: {name}: expected {' or '.join(_FLOATS)}, found {entry.dtype}")
-            if len(entry.shape) != 2:
+            if key[1] in ("A", "B") and len(entry.shape) != 2:
                 raise AdapterError(f"{WEIGHTS}: {name}: expected two dimensions, found {list(entry.shape)}")
-            key: tuple[str, Side] = (match["module"], "A" if match["side"] == "A" else "B")
             if key in entries:
                 raise AdapterError(f"{WEIGHTS}: {name}: the tensor is there with and without prefix or `.default`")
             entries[key] = entry
@@ -142,12 +194,32 @@ class AdapterFile:
             raise AdapterError(f"{WEIGHTS}: no tensors")
         return entries
 
-    def _decode(self, key: tuple[str, Side], entry: TensorEntry, raw: memoryview) -> Array:
+    def _decode(self, key: tuple[str, Part], entry: TensorEntry, raw: memoryview) -> Array:
         values = decode(entry, raw)
         if not np.isfinite(values).all():
             bad = int(np.count_nonzero(~np.isfinite(values)))
-            raise AdapterError(f"{WEIGHTS}: {key[0]}.lora_{key[1]}: {bad} of {values.size} values are NaN or infinite")
+            raise AdapterError(f"{WEIGHTS}: {stored_name(*key)}: {bad} of {values.size} values are NaN or infinite")
         return values
+
+
+def parse_name(name: str) -> tuple[str, Part]:
+    """What a tensor of the file is: (module of the base, part of it). AdapterError for a name that is not known."""
+    if name in _SHARED:
+        return "", _SHARED[name]
+    for part, key in _KEYS.items():
+        match = key.fullmatch(name)
+        if match is not None:
+            return match["module"], part
+    hint = "expected base_model.model.<module>.lora_A.weight or lora_B.weight of linear layers, or IA3's or VeRA's"
+    raise AdapterError(f"{WEIGHTS}: tensor {name!r} is not supported", hint=hint, param=name)
+
+
+def stored_name(module: str, part: Part) -> str:
+    """How PEFT names it, without what stands in front of every module."""
+    shared = next((name for name, one in _SHARED.items() if one == part), None)
+    ends = {"A": "lora_A.weight", "B": "lora_B.weight", "B.bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
+            "ia3": "ia3_l", "lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d", "bias": "bias"}  # fmt: skip
+    return shared or f"{module}.{ends[part]}"
 
 
 def decode(entry: TensorEntry, raw: memoryview) -> Array:
@@ -160,14 +232,20 @@ def decode(entry: TensorEntry, raw: memoryview) -> Array:
         return stored.astype(np.float32, copy=False).reshape(entry.shape)
 
 
-def content_hash(config: LoraConfig, tensors: Mapping[tuple[str, Side], tuple[TensorEntry, memoryview]]) -> str:
-    """sha256 over the sorted tensors (name, dtype, shape, bytes) and, for each module, its rank and scale.
+def content_hash(config: AdapterConfig, tensors: Mapping[tuple[str, Part], tuple[TensorEntry, memoryview]]) -> str:
+    """sha256 over the sorted tensors (name, dtype, shape, bytes) and what the config says of each module.
 
     Patterns are resolved first: configs that mean the same hash the same, however they are written.
     """
-    digest = hashlib.sha256(b"lora")
-    for (module, side), (entry, raw) in sorted(tensors.items(), key=lambda item: item[0]):
-        meaning = [module, side, entry.dtype, list(entry.shape), config.rank_of(module), config.scale_of(module)]
+    digest = hashlib.sha256(config.kind.encode())
+    if isinstance(config, LoraConfig) and config.invocation is not None:
+        digest.update(msgspec.msgpack.encode(config.invocation))
+    for (module, part), (entry, raw) in sorted(tensors.items(), key=lambda item: item[0]):
+        meaning: list[Any] = [module, part, entry.dtype, list(entry.shape)]
+        if isinstance(config, LoraConfig):
+            meaning += [config.rank_of(module), config.scale_of(module)]
+        elif isinstance(config, Ia3Config):
+            meaning += [config.is_feedforward(module)]
         digest.update(msgspec.msgpack.encode(meaning))
         digest.update(raw)
     return digest.hexdigest()
@@ -187,41 +265,64 @@ def signature_of(folder: Path) -> Signature | None:
     return tuple(parts)
 
 
-def read_config(folder: Path) -> LoraConfig:
+def read_config(folder: Path) -> AdapterConfig:
     """`adapter_config.json`, every field handled, known to be irrelevant, or refused by name (AdapterError)."""
     raw = _read_json(folder / CONFIG)
-    refuse_unsupported(raw, CONFIG)
-    layers = raw.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    pattern = raw.get("layers_pattern") or ()
-    targets = raw.get("target_modules")
-    if layers is not None and isinstance(targets, str):
-        raise field_error(CONFIG, "layers_to_transform", "null with a target_modules pattern", layers)
-    config = LoraConfig(
-        r=_checked("r", raw.get("r", 8), int),
+    kind = refuse_unsupported(raw, CONFIG)
+    targets = _read_targets(raw)
+    if kind == "IA3":
+        inputs = _targets("feedforward_modules", raw.get("feedforward_modules") or ())
+        return Ia3Config(feedforward_modules=inputs, **targets)
+    rank = _checked("r", raw.get("r", 8 if kind == "LORA" else 256), int)
+    if kind == "VERA":
+        return VeraConfig(r=rank, **targets)
+    if raw.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise field_error(CONFIG, "bias", "'none', 'all' or 'lora_only'", raw["bias"])
+    return LoraConfig(
+        r=rank,
         alpha=_checked("lora_alpha", raw.get("lora_alpha", 8), float),
         use_rslora=_flag("use_rslora", raw.get("use_rslora")),
         rank_pattern=_patterns("rank_pattern", raw, int),
         alpha_pattern=_patterns("alpha_pattern", raw, float),
-        target_modules=_targets("target_modules", targets),
-        exclude_modules=_targets("exclude_modules", raw.get("exclude_modules") or ()),
-        layers_to_transform=None if layers is None else _layers(layers),
-        layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
+        use_dora=_flag("use_dora", raw.get("use_dora")),
+        lora_bias=_flag("lora_bias", raw.get("lora_bias")),
+        bias=raw.get("bias") or "none",
+        invocation=_invocation(raw.get("alora_invocation_tokens")),
+        **targets,
     )
-    expressions = {
-        "rank_pattern": list(config.rank_pattern),
-        "alpha_pattern": list(config.alpha_pattern),
-        "layers_pattern": list(config.layers_pattern),
-        "target_modules": [config.target_modules] if isinstance(config.target_modules, str) else [],
-        "exclude_modules": [config.exclude_modules] if isinstance(config.exclude_modules, str) else [],
+
+
+def _read_targets(raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Targets`."""
+    layers = raw.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    patterns = raw.get("layers_pattern") or ()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    targets = raw.get("target_modules")
+    if layers is not None and isinstance(targets, str):
+        raise field_error(CONFIG, "layers_to_transform", "null with a target_modules pattern", layers)
+    return {
+        "target_modules": _targets("target_modules", targets),
+        "exclude_modules": _targets("exclude_modules", raw.get("exclude_modules") or ()),
+        "layers_to_transform": None if layers is None else _layers(layers),
+        "layers_pattern": tuple(_expression("layers_pattern", one) for one in patterns),
     }
-    for name, patterns in expressions.items():
-        for expression in patterns:
-            try:
-                re.compile(expression)
-            except (re.error, TypeError, RecursionError, OverflowError) as error:
-                raise field_error(CONFIG, name, "a regular expression", expression, str(error)) from error
-    return config
+
+
+def _expression(name: str, value: Any) -> str:
+    try:
+        re.compile(value)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise field_error(CONFIG, name, "a regular expression", value, str(error)) from error
+    return str(value)
+
+
+def _invocation(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(type(one) is int and one >= 0 for one in value):
+        raise field_error(CONFIG, "alora_invocation_tokens", "a list of token ids", value)
+    return tuple(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -258,12 +359,12 @@ def _patterns(name: str, raw: dict[str, Any], kind: type[int] | type[float]) -> 
     value = raw.get(name) or {}
     if not isinstance(value, dict):
         raise field_error(CONFIG, name, "an object", value)
-    return {key: _checked(f"{name}.{key}", one, kind) for key, one in value.items()}
+    return {_expression(name, key): _checked(f"{name}.{key}", one, kind) for key, one in value.items()}
 
 
 def _targets(name: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str):
-        return value
+        return _expression(name, value)
     if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
         raise field_error(CONFIG, name, "a list of module names or a pattern", value)
     if name == "target_modules" and not value:

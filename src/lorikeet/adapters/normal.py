@@ -1,4 +1,6 @@
-"""The normal form: every adapter kind compiles to entries `y = base(x) + s * B (A x)`, one a site. No torch.
+"""The normal form: every adapter kind compiles to entries, one a site. No torch.
+
+    y = gain * (base(x) + scale * B (A x)) + shift
 
 A new kind is one function here and one parity test; kernels, memory and scheduler know only entries.
 """
@@ -6,104 +8,316 @@ A new kind is one function here and one parity test; kernels, memory and schedul
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lorikeet.adapters.files import CONFIG, WEIGHTS, Array, LoraConfig, Side
+import numpy as np
+
+from lorikeet.adapters.checkpoint import BaseTensors
+from lorikeet.adapters.files import (
+    CONFIG,
+    WEIGHTS,
+    AdapterConfig,
+    Array,
+    Ia3Config,
+    LoraConfig,
+    Part,
+    VeraConfig,
+    stored_name,
+)
 from lorikeet.errors import AdapterError
-from lorikeet.model.names import TARGETS, module_of, site_of
+from lorikeet.model.names import FUSED, TARGETS, module_names, module_of, sites_of
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import ROLES, Site
 
-Shapes = Mapping[tuple[str, Side], tuple[int, ...]]
-Tensors = Mapping[tuple[str, Side], Array]
+Shapes = Mapping[tuple[str, Part], tuple[int, ...]]
+Tensors = Mapping[tuple[str, Part], Array]
+Targeted = dict[str, tuple[Site, ...]]  # modules that an adapter acts on, with their sites
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A low-rank pair at one site: `a` [r, d_in], `b` [r, d_out] fp32, and the scalar `scale`, not folded in."""
+    """What an adapter does at one site: `a` [r, d_in], `b` [r, d_out] fp32 and `scale`, which is not folded in.
+
+    `gain` and `shift` are [d_out] fp32, None where there is none; r is 0 where there is nothing else.
+    """
 
     site: Site
     a: Array
     b: Array
     scale: float
+    gain: Array | None = None
+    shift: Array | None = None
 
     @property
     def rank(self) -> int:
         return int(self.a.shape[0])
 
 
-def compile_lora(config: LoraConfig, tensors: Tensors, spec: ModelSpec) -> list[Entry]:
-    """LoRA (Hu et al. 2021) and rsLoRA (Kalajdzievski 2023) -> entries in the order of their sites.
+def compile_entries(config: AdapterConfig, tensors: Tensors, spec: ModelSpec, base: BaseTensors) -> list[Entry]:
+    """An adapter's entries, in the order of their sites.
 
-    `tensors` as `AdapterFile.load` gives them. Raises AdapterError as `check_lora` does.
+    `tensors` as `AdapterFile.load` gives them. Raises AdapterError as `check_adapter` does.
     """
-    sites = check_lora(config, {key: value.shape for key, value in tensors.items()}, spec)
-    return [
-        Entry(site, tensors[module, "A"], tensors[module, "B"].T, config.scale_of(module))
-        for module, site in sites.items()
-    ]
+    targeted = check_adapter(config, {key: value.shape for key, value in tensors.items()}, spec)
+    if isinstance(config, Ia3Config):
+        entries = list(_ia3(config, tensors, targeted, spec))
+    elif isinstance(config, VeraConfig):
+        entries = list(_vera(tensors, targeted))
+    else:
+        entries = list(_lora(config, tensors, targeted, spec, base))
+    return sorted(entries, key=lambda entry: entry.site.index)
 
 
-def check_lora(config: LoraConfig, shapes: Shapes, spec: ModelSpec) -> dict[str, Site]:
+# --- kinds ----------------------------------------------------------------------------------------------------------
+
+
+def _lora(
+    config: LoraConfig, tensors: Tensors, targeted: Targeted, spec: ModelSpec, base: BaseTensors
+) -> Iterator[Entry]:
+    """LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024), trained biases of B and of the base.
+
+    DoRA multiplies what W and the pair give, and not the base's bias b: g (W x + s B A x) + b. So its shift is
+    (1 - g) b. A trained bias b' of the base stands in place of b.
+    """
+    for module, sites in targeted.items():
+        a, b, scale = tensors[module, "A"], tensors[module, "B"], config.scale_of(module)
+        gain = None
+        if config.use_dora:
+            weight = np.concatenate([base.weight(module_of(site)) for site in sites])
+            gain = tensors[module, "magnitude"] / row_norms(weight, a, b, scale)
+        shift = _bias_shift(tensors.get((module, "bias")), gain, [base.bias(module_of(site)) for site in sites], sites)
+        if config.lora_bias:
+            added = scale * tensors[module, "B.bias"]
+            shift = added if shift is None else shift + added
+        for site, rows in _rows_of(sites):
+            yield Entry(site, a, b[rows].T, scale, _part(gain, rows), _part(shift, rows))
+    for (module, part), trained in tensors.items():
+        if part == "bias" and module not in targeted:
+            sites = sites_of(module, spec)
+            shift = _bias_shift(trained, None, [base.bias(module_of(site)) for site in sites], sites)
+            for site, rows in _rows_of(sites):
+                yield _without_pair(site, shift=_part(shift, rows))
+
+
+def _bias_shift(
+    trained: Array | None, gain: Array | None, base: list[Array | None], sites: tuple[Site, ...]
+) -> Array | None:
+    """What is added after the gain, so that the bias [d_out] comes out as it should: b' - g b."""
+    if trained is None and (gain is None or all(one is None for one in base)):
+        return None
+    bias = np.concatenate(
+        [np.zeros(site.d_out, np.float32) if one is None else one for site, one in zip(sites, base, strict=True)]
+    )
+    shift: Array = (bias if trained is None else trained) - (bias if gain is None else gain * bias)
+    return shift
+
+
+def row_norms(weight: Array, a: Array, b: Array, scale: float) -> Array:
+    """||W + s B A|| of each row [d_out] fp32, without that matrix: W [d_out, d_in], A [r, d_in], B [d_out, r].
+
+    ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B A A^T) * B), summed in fp64.
+    """
+    squares = np.einsum("oi,oi->o", weight, weight, dtype=np.float64)
+    crossed = np.einsum("or,or->o", weight @ a.T, b, dtype=np.float64)
+    added = np.einsum("or,or->o", b @ (a @ a.T), b, dtype=np.float64)
+    norms: Array = np.sqrt(np.maximum(squares + 2 * scale * crossed + scale**2 * added, 0)).astype(np.float32)
+    return norms
+
+
+def _ia3(config: Ia3Config, tensors: Tensors, targeted: Targeted, spec: ModelSpec) -> Iterator[Entry]:
+    """IA3 (Liu et al. 2022). What it multiplies at the input of `down` is the output of `up`, times the gate's."""
+    gains: dict[Site, Array] = {}
+    for module, sites in targeted.items():
+        values = tensors[module, "ia3"].reshape(-1)
+        if config.is_feedforward(module):
+            sites = (spec.site(sites[0].layer, "up"),)
+        for site, rows in _rows_of(sites):
+            gains[site] = gains[site] * values[rows] if site in gains else values[rows]
+    for site, gain in gains.items():
+        yield _without_pair(site, gain=gain)
+
+
+def _vera(tensors: Tensors, targeted: Targeted) -> Iterator[Entry]:
+    """VeRA (Kopiczko et al. 2024): y + b * (B (d * (A x))), with A and B cut from what all modules share."""
+    shared_a, shared_b = tensors["", "shared_A"], tensors["", "shared_B"]
+    for module, sites in targeted.items():
+        outer, inner = tensors[module, "lambda_b"], tensors[module, "lambda_d"]
+        a = inner[:, None] * shared_a[:, : sites[0].d_in]
+        b = outer[:, None] * shared_b[: len(outer)]
+        for site, rows in _rows_of(sites):
+            yield Entry(site, a, b[rows].T, 1.0)
+
+
+def _without_pair(site: Site, gain: Array | None = None, shift: Array | None = None) -> Entry:
+    nothing = (np.zeros((0, site.d_in), np.float32), np.zeros((0, site.d_out), np.float32))
+    return Entry(site, *nothing, 1.0, gain, shift)
+
+
+def _rows_of(sites: tuple[Site, ...]) -> Iterator[tuple[Site, slice]]:
+    """The rows of a module's outputs that belong to each of its sites."""
+    at = 0
+    for site in sites:
+        yield site, slice(at, at + site.d_out)
+        at += site.d_out
+
+
+def _part(values: Array | None, rows: slice) -> Array | None:
+    return None if values is None else values[rows]
+
+
+# --- what fits ------------------------------------------------------------------------------------------------------
+
+
+def check_adapter(config: AdapterConfig, shapes: Shapes, spec: ModelSpec) -> Targeted:
     """The modules that an adapter acts on, with their sites, in order of site.
 
     Raises AdapterError naming tensor, expected and found where the adapter does not fit the base, where a tensor is
     there that the config does not target, or where one is missing that it does.
     """
-    targeted = _targeted(config, spec)
-    modules = {module for module, _ in shapes}
-    for module in sorted(modules - targeted.keys()):
-        site = site_of(module, spec)
-        if site is None:
-            reason = f"this base ({spec.family}, {spec.num_layers} layers) has no such module"
-        elif site.role not in ROLES:
-            reason = "adapters of embedding and head are not supported"
-        else:
-            reason = f"not among the modules that {CONFIG} targets"
-        raise AdapterError(f"{WEIGHTS}: {module}: {reason}", param=module)
-    for module, site in targeted.items():
-        rank = config.rank_of(module)
-        expected: dict[Side, tuple[int, int]] = {"A": (rank, site.d_in), "B": (site.d_out, rank)}
-        for side, shape in expected.items():
-            found = shapes.get((module, side))
-            if found is None:
-                raise AdapterError(f"{WEIGHTS}: {module}.lora_{side}.weight is missing, but {CONFIG} targets it")
-            if found != shape:
-                raise AdapterError(
-                    f"{WEIGHTS}: {module}.lora_{side}.weight: expected {list(shape)}, found {list(found)}",
-                    hint=f"rank {rank} on a layer of {site.d_in} inputs and {site.d_out} outputs",
-                    param=module,
-                )
+    targeted = _targeted(config, spec, {module for module, _ in shapes})
+    expected = {key: shape for module, sites in targeted.items() for key, shape in _shapes(config, module, sites)}
+    if isinstance(config, VeraConfig):
+        for part, side in (("shared_A", 1), ("shared_B", 0)):
+            _check_shared(shapes, part, side, config.r, targeted)  # type: ignore[arg-type]
+    for module, part in sorted(shapes.keys() - expected.keys()):
+        if part not in ("shared_A", "shared_B") or not isinstance(config, VeraConfig):
+            _check_beside(module, part, shapes[module, part], config, targeted, spec)
+    for (module, part), shape in expected.items():
+        found, name = shapes.get((module, part)), stored_name(module, part)
+        if found is None:
+            raise AdapterError(f"{WEIGHTS}: {name} is missing, but {CONFIG} targets it")
+        if found != shape:
+            sites = targeted[module]
+            raise AdapterError(
+                f"{WEIGHTS}: {name}: expected {list(shape)}, found {list(found)}",
+                hint=f"a layer of {sites[0].d_in} inputs and {sum(s.d_out for s in sites)} outputs",
+                param=module,
+            )
     return targeted
 
 
-def _targeted(config: LoraConfig, spec: ModelSpec) -> dict[str, Site]:
-    """Modules of the base that the config targets; names that match nothing, embedding and head are refused."""
+def _shapes(
+    config: AdapterConfig, module: str, sites: tuple[Site, ...]
+) -> Iterator[tuple[tuple[str, Part], tuple[int, ...]]]:
+    """The tensors that a targeted module must have."""
+    d_in, d_out = sites[0].d_in, sum(site.d_out for site in sites)
+    if isinstance(config, Ia3Config):
+        yield (module, "ia3"), (1, d_in) if config.is_feedforward(module) else (d_out, 1)
+    elif isinstance(config, VeraConfig):
+        yield (module, "lambda_b"), (d_out,)
+        yield (module, "lambda_d"), (config.r,)
+    else:
+        rank = config.rank_of(module)
+        yield (module, "A"), (rank, d_in)
+        yield (module, "B"), (d_out, rank)
+        if config.lora_bias:
+            yield (module, "B.bias"), (d_out,)
+        if config.use_dora:
+            yield (module, "magnitude"), (d_out,)
+
+
+def _check_shared(shapes: Shapes, part: Part, side: int, rank: int, targeted: Targeted) -> None:
+    """VeRA's shared projections: [r, inputs] and [outputs, r], as large as the largest layer or larger."""
+    found, name = shapes.get(("", part)), stored_name("", part)
+    if found is None:
+        raise AdapterError(f"{WEIGHTS}: {name} is missing", hint="save the adapter with save_projection=True")
+    sizes = [sites[0].d_in if side else sum(site.d_out for site in sites) for sites in targeted.values()]
+    if len(found) != 2 or found[1 - side] != rank or found[side] < max(sizes):
+        expected = [rank, max(sizes)] if side else [max(sizes), rank]
+        raise AdapterError(f"{WEIGHTS}: {name}: expected {expected} or more of the larger, found {list(found)}")
+
+
+def _check_beside(
+    module: str, part: Part, shape: tuple[int, ...], config: AdapterConfig, targeted: Targeted, spec: ModelSpec
+) -> None:
+    """A tensor that no targeted module must have: a trained bias of the base, or an error."""
+    sites = sites_of(module, spec)
+    outputs = sum(site.d_out for site in sites)
+    if part == "bias" and sites and isinstance(config, LoraConfig) and config.bias != "none":
+        if config.bias == "lora_only" and module not in targeted:
+            raise AdapterError(f"{WEIGHTS}: {module}.bias: not among the modules that {CONFIG} targets", param=module)
+        if shape != (outputs,):
+            raise AdapterError(f"{WEIGHTS}: {module}.bias: expected {[outputs]}, found {list(shape)}", param=module)
+        return
+    if module in targeted:
+        raise AdapterError(f"{WEIGHTS}: {stored_name(module, part)}: {CONFIG} says nothing of it", param=module)
+    if not sites:
+        reason = f"this base ({spec.family}, {spec.num_layers} layers) has no such module"
+    elif sites[0].role not in ROLES:
+        reason = "adapters of embedding and head are not supported"
+    else:
+        reason = f"not among the modules that {CONFIG} targets"
+    raise AdapterError(f"{WEIGHTS}: {module}: {reason}", param=module)
+
+
+def _targeted(config: AdapterConfig, spec: ModelSpec, present: set[str]) -> Targeted:
+    """Modules of the base that the config targets; names that match nothing, embedding and head are refused.
+
+    A fused module counts where it is named, or where a pattern matches and its tensors are `present`: then a pattern
+    that matches its parts too does not mean them.
+    """
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         linear = tuple(module_of(site) for site in spec.sites if site.role in ROLES)
         config = replace(config, target_modules=linear)
-    everything = {module_of(site): site for site in spec.sites if config.targets(module_of(site))}
-    for module, site in everything.items():
-        if site.role not in ROLES:
+    names = module_names(spec)
+    everything = {name: sites_of(name, spec) for name in names if config.targets(name)}
+    if isinstance(config.target_modules, str):
+        fused = {name: sites for name, sites in everything.items() if len(sites) > 1 and name in present}
+        covered = {site for sites in fused.values() for site in sites}
+        single = {n: s for n, s in everything.items() if len(s) == 1 and (n in present or s[0] not in covered)}
+        everything = single | fused
+    everything = dict(sorted(everything.items(), key=lambda item: item[1][0].index))
+    for module, sites in everything.items():
+        if sites[0].role not in ROLES:
             raise AdapterError(
                 f"{CONFIG}: target_modules names {module}: adapters of embedding and head are not supported",
                 hint=f"supported modules: {', '.join(TARGETS)}",
                 param="target_modules",
             )
-    if not isinstance(config.target_modules, str):
-        modules = [module_of(site) for site in spec.sites]
-        for name in config.target_modules:
-            if not any(module == name or module.endswith(f".{name}") for module in modules):
-                raise AdapterError(
-                    f"{CONFIG}: target_modules: {name!r} matches no module of this base ({spec.family})",
-                    hint=f"supported modules: {', '.join(TARGETS)}",
-                    param="target_modules",
-                )
+    _check_overlap(everything)
+    _check_names(config, everything, spec)
+    if isinstance(config, Ia3Config):
+        _check_inputs(config, everything)
+    return everything
+
+
+def _check_names(config: AdapterConfig, everything: Targeted, spec: ModelSpec) -> None:
+    """Every name and pattern of the config means something."""
+    names, joined = module_names(spec), ", ".join(name.rsplit(".", 1)[1] for name in FUSED)
+    for name in () if isinstance(config.target_modules, str) else config.target_modules:
+        if not any(module == name or module.endswith(f".{name}") for module in names):
+            raise AdapterError(
+                f"{CONFIG}: target_modules: {name!r} matches no module of this base ({spec.family})",
+                hint=f"supported modules: {', '.join(TARGETS)}, {joined}",
+                param="target_modules",
+            )
     if not everything:
         raise AdapterError(f"{CONFIG}: target_modules matches no module of this base", param="target_modules")
-    for name, keys in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in keys:
-            if not any(re.match(rf"(.*\.)?({key})$", module) for module in everything):
-                raise AdapterError(f"{CONFIG}: {name}: {key!r} matches no targeted module", param=name)
-    return everything
+    if isinstance(config, LoraConfig):
+        for field, keys in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+            for key in keys:
+                if not any(re.match(rf"(.*\.)?({key})$", module) for module in everything):
+                    raise AdapterError(f"{CONFIG}: {field}: {key!r} matches no targeted module", param=field)
+
+
+def _check_overlap(everything: Targeted) -> None:
+    seen: dict[Site, str] = {}
+    for module, sites in everything.items():
+        for site in sites:
+            if site in seen:
+                raise AdapterError(
+                    f"{CONFIG}: target_modules names {module} and {seen[site]}, which hold the same weights",
+                    param="target_modules",
+                )
+            seen[site] = module
+
+
+def _check_inputs(config: Ia3Config, everything: Targeted) -> None:
+    for module, sites in everything.items():
+        if config.is_feedforward(module) and sites[0].role != "down":
+            raise AdapterError(
+                f"{CONFIG}: feedforward_modules names {module}: a vector on its input has no normal form",
+                hint="only down_proj, whose input is up times gate, can be there",
+                param="feedforward_modules",
+            )

@@ -143,6 +143,9 @@ class Engine:
             stop_ids=frozenset() if sampling.ignore_eos else stop_ids,
             root=root_key(self.base.sha256, request.tenant),
             choices=choices,
+            acts_from=0
+            if request.adapter is None
+            else _acts_from(request.tokens, self._residency.info(request.adapter)),
         )
         self._scheduler.add(sequence, self._clock())
         self._arrivals += 1
@@ -190,6 +193,21 @@ class Engine:
                 f"choices: the longest has {longest} tokens, the context has {self.max_context - prompt} left",
                 param="choices",
             )
+
+
+def _acts_from(tokens: list[int], info: AdapterInfo) -> int:
+    """Where an adapter begins to act: the last occurrence of its invocation tokens in the prompt (aLoRA), or 0."""
+    wanted = None if info.invocation is None else list(info.invocation)
+    if wanted is None:
+        return 0
+    for at in range(len(tokens) - len(wanted), -1, -1):
+        if tokens[at : at + len(wanted)] == wanted:
+            return at
+    raise InvalidRequestError(
+        f"prompt: the adapter acts from its invocation tokens on; found none of {wanted}",
+        hint="the prompt must contain these token ids, most often as the end of the adapter's own chat template",
+        param="prompt",
+    )
 
 
 def _with(request: Request, sampling: SamplingParams) -> Request:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorikeet.engine.engine import Engine
 from lorikeet.engine.wire import EngineInfo, LoaderSettings
-from lorikeet.model.sources import cache_folder
+from lorikeet.model.sources import cache_folder, checkpoint_files, find_model
 from lorikeet.model.spec import ModelSpec
 
 
@@ -33,6 +33,7 @@ class HostedEngine(Engine):
             dtype="float32" if _name(self.sizes.adapter_dtype) == "float32" else "bfloat16",
             cache=str(cache_folder() / "compiled"),
             allow_lock_mismatch=self.config.allow_lock_mismatch,
+            checkpoint=tuple(map(str, checkpoint_files(find_model(self.config.model)))),
             disk=self.config.adapter_disk,
         )
 

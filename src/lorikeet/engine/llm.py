@@ -15,7 +15,7 @@ from lorikeet.adapters.files import CONFIG, Signature, read_lock, signature_of
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
 from lorikeet.errors import ConfigError, InvalidRequestError, LorikeetError, NotFoundError
-from lorikeet.model.sources import cache_folder, find_model
+from lorikeet.model.sources import cache_folder, checkpoint_files, find_model
 from lorikeet.model.tokenizer import StopMatcher, StreamDecoder, Tokenizer
 from lorikeet.types import AdapterInfo, EngineStats, Event, FinishReason, Request, SamplingParams, TokenLogprob
 
@@ -216,6 +216,7 @@ class LLM:
                 self.engine.sizes.adapter_dtype_name,
                 cache_folder() / "compiled",
                 self.config.allow_lock_mismatch,
+                checkpoint_files(find_model(self.config.model)),
             )
             self.engine.register(info)
             self._known[key] = (signature, info)

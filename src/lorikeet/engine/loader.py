@@ -178,6 +178,7 @@ def compile_one(job: Compile, settings: LoaderSettings) -> Resolved:
             settings.dtype,
             Path(settings.cache),
             settings.allow_lock_mismatch,
+            [Path(path) for path in settings.checkpoint],
         )
         if settings.disk is not None:
             trim(Path(settings.cache), settings.disk, keep=Path(adapter.path))

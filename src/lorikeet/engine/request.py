@@ -46,6 +46,7 @@ class Sequence:
     scored: int = 0  # prompt positions whose next token's logprob is known
     scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     choices: Choices | None = None
+    acts_from: int = 0  # the adapter acts on tokens from this position on
     unsent: int = 0  # tokens at the end that were not sampled, so that the runner does not know them
 
     def __post_init__(self) -> None:

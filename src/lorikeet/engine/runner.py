@@ -55,7 +55,6 @@ class _Scored:
     rows: Array
     positions: Array
     sample_rows: Array  # the other rows
-    rows_per_sequence: Array  # of logits, [B]
 
 
 class Runner:
@@ -86,6 +85,7 @@ class Runner:
         self._tokens = np.zeros((max_seqs, max_context + 1), np.int64)
         self._blocks = np.zeros((max_seqs, -(-max_context // block_size)), np.int32)
         self._handle = np.full(max_seqs, -1, np.int64)
+        self._acts_from = np.zeros(max_seqs, np.int64)
         self._sampling = SamplingRows(
             temperature=np.zeros(max_seqs),
             top_k=np.zeros(max_seqs, np.int64),
@@ -123,7 +123,7 @@ class Runner:
         slot, s = load.slot, load.sampling
         self._tokens[slot, : len(load.tokens)] = load.tokens
         self._blocks[slot, : len(load.blocks)] = load.blocks
-        self._handle[slot] = load.handle
+        self._handle[slot], self._acts_from[slot] = load.handle, load.acts_from
         rows = self._sampling
         rows.temperature[slot], rows.top_k[slot] = s.temperature, s.top_k
         rows.top_p[slot], rows.min_p[slot] = s.top_p, s.min_p
@@ -164,6 +164,7 @@ class Runner:
         max_kv = int(kv_len.max())
         cache_slot = self._blocks[slots, positions // size].astype(np.int64) * size + positions % size
         logit_rows, scored = _logit_rows(rows, query_start)
+        handle = np.where(positions >= self._acts_from[slots], rows.handle[sequence], -1)
         batch = Batch(
             tokens=self._tensor(self._tokens[slots, positions]),
             positions=self._tensor(positions),
@@ -173,26 +174,25 @@ class Runner:
             max_kv=max_kv,
             block_table=self._tensor(self._blocks[rows.slot, : -(-max_kv // size)]),
             cache_slot=self._tensor(cache_slot),
-            token_segments=self._segments(rows.handle, rows.count),
+            token_segments=self._segments(handle),
             logit_rows=self._tensor(logit_rows),
-            logit_segments=self._segments(rows.handle, scored.rows_per_sequence),
+            logit_segments=self._segments(handle[logit_rows]),
+            scaled=not self.slab.scaled.isdisjoint(rows.handle.tolist()) if self.slab.scaled else False,
         )
         return batch, np.flatnonzero(rows.samples), scored
 
-    def _segments(self, handle: Array, count: Array) -> Segments | None:
-        """Sequences are in the order of their handles, so that every segment is one run; base rows come first."""
-        handle, count = handle[count > 0], count[count > 0]
-        first = int(np.searchsorted(handle, 0))
-        if first == len(handle):
+    def _segments(self, handle: Array) -> Segments | None:
+        """From the handle of each row, -1 where none acts; rows of one handle stand one behind the other."""
+        rows = np.flatnonzero(handle >= 0)
+        if not len(rows):
             return None
-        bounds = np.concatenate(([0], np.cumsum(count)))
-        starts = first + np.flatnonzero(np.diff(handle[first:], prepend=-1))
-        base_rows, end = int(bounds[first]), int(bounds[-1])
+        acting = handle[rows]
+        starts = np.flatnonzero(np.diff(acting, prepend=-1))
         return Segments(
-            rows=torch.arange(base_rows, end, device=self.device),
-            start=[*(bounds[starts] - base_rows).tolist(), end - base_rows],
-            adapter=handle[starts].tolist(),
-            contiguous=True,
+            rows=self._tensor(rows),
+            start=[*starts.tolist(), len(rows)],
+            adapter=acting[starts].tolist(),
+            contiguous=bool(rows[-1] - rows[0] + 1 == len(rows)),
         )
 
     def _sample(self, logits: Tensor, slots: Array, positions: Array, plan: Plan, outcome: Outcome) -> None:
@@ -248,7 +248,7 @@ def _logit_rows(rows: _Rows, query_start: Array) -> tuple[Array, _Scored]:
     samples = rows.samples.astype(np.int64)
     none = np.zeros(0, np.int64)
     if not scores.any():
-        return last[rows.samples], _Scored(none, none, none, none, none, samples)
+        return last[rows.samples], _Scored(none, none, none, none, none)
     total = scores + samples
     ends = np.cumsum(total)
     sequence = np.repeat(np.arange(len(total)), total)
@@ -263,7 +263,6 @@ def _logit_rows(rows: _Rows, query_start: Array) -> tuple[Array, _Scored]:
         rows=np.flatnonzero(is_score),
         positions=position[is_score],
         sample_rows=np.flatnonzero(~is_score),
-        rows_per_sequence=total,
     )
     return logit_rows, scored
 

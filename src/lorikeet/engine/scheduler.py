@@ -29,6 +29,7 @@ class SlotLoad:
     handle: int
     sampling: SamplingParams
     seed: int
+    acts_from: int = 0  # the position from which on the adapter acts
 
 
 @dataclass(slots=True)
@@ -263,7 +264,15 @@ class Scheduler:
         self._by_slot[sequence.slot] = sequence
         insort(self.running, sequence, key=lambda running: running.arrival)
         plan.loads.append(
-            SlotLoad(sequence.slot, sequence.tokens, list(sequence.blocks), handle, sequence.sampling, sequence.seed)
+            SlotLoad(
+                sequence.slot,
+                sequence.tokens,
+                list(sequence.blocks),
+                handle,
+                sequence.sampling,
+                sequence.seed,
+                sequence.acts_from,
+            )  # fmt: skip
         )
 
     def _stop(self, sequence: Sequence) -> None:
@@ -331,10 +340,11 @@ class Scheduler:
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """Keys of the first `count` blocks, which must be full."""
         keys, size = sequence.keys, self.block_size
-        mask = bytes([sequence.adapter is not None]) * size
         while len(keys) < count:
             parent = keys[-1] if keys else sequence.root
             start = len(keys) * size
+            plain = size if sequence.adapter is None else min(max(sequence.acts_from - start, 0), size)
+            mask = bytes(plain) + b"\1" * (size - plain)
             keys.append(block_key(parent, sequence.tokens[start : start + size], mask, sequence.adapter))
         return keys[:count]
 

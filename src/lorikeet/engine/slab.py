@@ -31,7 +31,9 @@ class AdapterSlab:
             data=torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device),
             table=torch.zeros((16, sites, 5), dtype=torch.int64),
             scale=torch.zeros((16, sites)),
+            vectors=torch.full((16, sites, 2), -1, dtype=torch.int64),
         )
+        self.scaled: set[int] = set()  # handles with gains or shifts
         self._bytes = self.slab.data.view(torch.uint8)
         self._open = open_adapter
 
@@ -50,6 +52,7 @@ class AdapterSlab:
                 self._move(instruction)
             else:
                 self.slab.table[instruction.handle] = 0
+                self.scaled.discard(instruction.handle)
         return failed
 
     def _copy(self, copy: AdapterCopy) -> None:
@@ -70,11 +73,13 @@ class AdapterSlab:
             self._install(copy, header.entries)
 
     def _install(self, copy: AdapterCopy, entries: Sequence[CompiledEntry]) -> None:
-        table, scale = self.slab.table, self.slab.scale
+        table, scale, vectors = self.slab.table, self.slab.scale, self.slab.vectors
+        assert vectors is not None
         if copy.handle >= len(table):
             more = max(copy.handle + 1, 2 * len(table)) - len(table)
             self.slab.table = table = torch.cat((table, table.new_zeros((more, *table.shape[1:]))))
             self.slab.scale = scale = torch.cat((scale, scale.new_zeros((more, scale.shape[1]))))
+            self.slab.vectors = vectors = torch.cat((vectors, vectors.new_full((more, *vectors.shape[1:]), -1)))
         base = copy.offset // self.slab.data.itemsize
         sites = torch.tensor([e.site for e in entries], dtype=torch.int64)
         rows = [(base + e.a, base + e.b, e.stride_a, e.stride_b, e.rank) for e in entries]
@@ -82,6 +87,13 @@ class AdapterSlab:
         scale[copy.handle] = 0
         table[copy.handle, sites] = torch.tensor(rows, dtype=torch.int64)
         scale[copy.handle, sites] = torch.tensor([e.scale for e in entries])
+        vectors[copy.handle] = -1
+        places = [[-1 if at < 0 else base + at for at in (e.gain, e.shift)] for e in entries]
+        vectors[copy.handle, sites] = torch.tensor(places, dtype=torch.int64)
+        if any(at >= 0 for place in places for at in place):
+            self.scaled.add(copy.handle)
+        else:
+            self.scaled.discard(copy.handle)
 
     def _move(self, move: AdapterMove) -> None:
         source = self._bytes[move.source : move.source + move.nbytes]
@@ -89,4 +101,8 @@ class AdapterSlab:
             source = source.clone()
         self._bytes[move.target : move.target + move.nbytes] = source
         if move.handle < len(self.slab.table):
-            self.slab.table[move.handle, :, :2] -= (move.source - move.target) // self.slab.data.itemsize
+            distance = (move.source - move.target) // self.slab.data.itemsize
+            self.slab.table[move.handle, :, :2] -= distance
+            vectors = self.slab.vectors
+            assert vectors is not None
+            vectors[move.handle] -= distance * (vectors[move.handle] >= 0)

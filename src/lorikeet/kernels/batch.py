@@ -41,6 +41,7 @@ class Batch:
     token_segments: Segments | None = None  # None: no row has an adapter
     logit_rows: Tensor | None = None  # [L] int64; None: every row
     logit_segments: Segments | None = None
+    scaled: bool = False  # an adapter of the batch has a gain or a shift
 
 
 @dataclass(slots=True)
@@ -62,6 +63,7 @@ class Slab:
     data: Tensor  # [elements] bf16 or fp32
     table: Tensor  # [handles, sites, 5] int64, on the CPU side as well as where kernels run
     scale: Tensor  # [handles, sites] fp32
+    vectors: Tensor | None = None  # [handles, sites, 2] int64: where gain and shift [d_out] begin, fp32; -1: none
 
     def pair(self, handle: int, site: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor, float] | None:
         """Views of (A [r, d_in], B [r, d_out]) and the scale of one entry, or None where there is none."""
@@ -73,3 +75,15 @@ class Slab:
             torch.as_strided(self.data, (rank, d_out), (stride_b, 1), b),
             float(self.scale[handle, site]),
         )
+
+    def gain_and_shift(self, handle: int, site: int, d_out: int) -> tuple[Tensor | None, Tensor | None]:
+        """Views of the vectors [d_out] fp32 of one entry, None where it has none."""
+        if self.vectors is None:
+            return None, None
+        width = 4 // self.data.itemsize
+
+        def vector(at: int) -> Tensor | None:
+            return None if at < 0 else self.data[at : at + width * d_out].view(torch.float32)
+
+        gain, shift = self.vectors[handle, site].tolist()
+        return vector(gain), vector(shift)

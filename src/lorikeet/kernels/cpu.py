@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.cpu_attention import BatchArguments, attention
-from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray, lowrank_add
+from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray, lowrank_add, output_scale
 from lorikeet.kernels.cpu_record import NotRecordable, Program
 from lorikeet.kernels.cpu_rows import add_rms_norm, logits, rms_norm_heads, rope, silu_mul
 from lorikeet.kernels.cpu_runtime import cache_folder
@@ -60,12 +60,18 @@ class CpuOps(ReferenceOps):
         return silu_mul(gate_up)
 
     def lowrank_add(self, y: Tensor, x: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:
+        return lowrank_add(y, x, slab, *self._arrays(group, segments))
+
+    def output_scale(self, y: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:
+        return output_scale(y, slab, *self._arrays(group, segments))
+
+    def _arrays(self, group: SiteGroup, segments: Segments) -> tuple[SiteArray, SegmentArrays]:
         if self._segments is None or self._segments.segments is not segments:
             self._segments = SegmentArrays(segments)
         sites = self._sites.get(group.sites[0].index)
         if sites is None or sites.group is not group:
             sites = self._sites[group.sites[0].index] = SiteArray(group)
-        return lowrank_add(y, x, slab, sites, self._segments)
+        return sites, self._segments
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None

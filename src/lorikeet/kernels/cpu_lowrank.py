@@ -185,6 +185,43 @@ def expand_share(low, high, entries, count, rows, y, ldy, u, scale, act, slab):
     hold(totals)
 
 
+@device_function
+def scale_share(part, parts, rows, start, adapters, segments, sites, n_sites, y, ldy, vectors, table_sites,
+                slab_data, act, slab):  # fmt: skip
+    """y = gain * y + shift: one of `parts` threads takes every `parts`-th row of each segment."""
+    begin, handles, site_table = at(start, I0), at(adapters, I0), at(sites, I0)
+    places, row_of = at(vectors, I0), at(rows, I0)
+    element = size(slab)
+    for s in range(segments):
+        for i in range(begin[s] + part, begin[s + 1], parts):
+            for j in range(n_sites):
+                site, offset, d_out = site_table[3 * j], site_table[3 * j + 1], site_table[3 * j + 2]
+                place = 2 * (handles[s] * table_sites + site)
+                values = at(y + row_of[i] * ldy + offset * size(act), act)
+                gain, shift = places[place], places[place + 1]
+                if gain >= 0 and shift >= 0:
+                    g, d = at(slab_data + gain * element, F0), at(slab_data + shift * element, F0)
+                    for c in range(d_out):
+                        values[c] = narrow(g[c] * widen(values[c]) + d[c], act)
+                elif gain >= 0:
+                    g = at(slab_data + gain * element, F0)
+                    for c in range(d_out):
+                        values[c] = narrow(g[c] * widen(values[c]), act)
+                elif shift >= 0:
+                    d = at(slab_data + shift * element, F0)
+                    for c in range(d_out):
+                        values[c] = narrow(widen(values[c]) + d[c], act)
+
+
+@kernel
+def scale_kernel(y, ldy, rows, start, adapters, segments, sites, n_sites, vectors, table_sites, slab_data, parts,
+                 act, slab):  # fmt: skip
+    use_threads(parts)
+    for part in numba.prange(parts):
+        scale_share(np.int64(part), np.int64(parts), rows, start, adapters, segments, sites, n_sites, y, ldy, vectors,
+                    table_sites, slab_data, act, slab)  # fmt: skip
+
+
 @kernel
 def lowrank_kernel(
     y, ldy, x, ldx, d_in, rows, start, adapters, segments, sites, n_sites,
@@ -240,5 +277,18 @@ def lowrank_add(y: Tensor, x: Tensor, slab: Slab, sites: SiteArray, segments: Se
         *segments.arguments, *sites.arguments,
         slab.table.data_ptr(), slab.table.shape[1], slab.scale.data_ptr(), slab.data.data_ptr(),
         share_threads(), tag_of(x), tag_of(slab.data),
+    )  # fmt: skip
+    return y
+
+
+def output_scale(y: Tensor, slab: Slab, sites: SiteArray, segments: SegmentArrays) -> Tensor:
+    """gain * y + shift for the rows of each segment; y [T, d_out] is dense in its last dimension."""
+    if y.stride(1) != 1:
+        raise ValueError(f"output_scale: y has strides {y.stride()}; expected dense rows")
+    assert slab.vectors is not None
+    scale_kernel(
+        y.data_ptr(), y.stride(0) * y.element_size(), *segments.arguments, *sites.arguments,
+        slab.vectors.data_ptr(), slab.vectors.shape[1], slab.data.data_ptr(), share_threads(), tag_of(y),
+        tag_of(slab.data),
     )  # fmt: skip
     return y

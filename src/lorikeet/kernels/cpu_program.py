@@ -17,7 +17,7 @@ import numpy as np
 from lorikeet.kernels.cpu_attention import ROWS as TASK_ROWS
 from lorikeet.kernels.cpu_attention import attend_share, list_tasks, store_rows
 from lorikeet.kernels.cpu_lowrank import FIELDS as ENTRY_FIELDS
-from lorikeet.kernels.cpu_lowrank import expand_share, list_entries, shrink_share
+from lorikeet.kernels.cpu_lowrank import expand_share, list_entries, scale_share, shrink_share
 from lorikeet.kernels.cpu_products import dot_share, panel_share
 from lorikeet.kernels.cpu_rows import norm_rows, rope_rows, silu_rows
 from lorikeet.kernels.cpu_runtime import at, device_function, hold, kernel, use_threads
@@ -41,6 +41,7 @@ class Code(IntEnum):
     EXPAND = 7
     ATTENTION = 8
     LOGITS = 9
+    SCALE = 10
 
 
 BY_ROW_LAST = Code.SILU
@@ -68,19 +69,22 @@ class Field(IntEnum):
     SCRATCH = 16
     TOKEN_SEGMENTS = 17  # rows, start, adapters, how many
     LOGIT_SEGMENTS = 21
+    SCALED = 25  # whether an adapter has a gain or a shift
+    SLAB_VECTORS = 26
 
 
 # Numba takes plain integers as constants.
-TAKE, NORM, ROPE, STORE, SILU, LINEAR, SHRINK, EXPAND, ATTENTION, LOGITS = (int(code) for code in Code)
+TAKE, NORM, ROPE, STORE, SILU, LINEAR, SHRINK, EXPAND, ATTENTION, LOGITS, SCALE = (int(code) for code in Code)
 QUERY_START, KV_LEN, SEQUENCES, TABLE, TABLE_STRIDE, CACHE_SLOT, LOGITS_AT = (
     int(field) for field in (
         Field.QUERY_START, Field.KV_LEN, Field.SEQUENCES, Field.BLOCK_TABLE, Field.TABLE_STRIDE, Field.CACHE_SLOT,
         Field.LOGITS,
     )
 )  # fmt: skip
-SLAB_TABLE, SLAB_SITES, SLAB_SCALE, SLAB_DATA, SCRATCH, SEGMENTS = (
+SLAB_TABLE, SLAB_SITES, SLAB_SCALE, SLAB_DATA, SCRATCH, SEGMENTS, SCALED, SLAB_VECTORS = (
     int(field) for field in (
         Field.SLAB_TABLE, Field.SLAB_SITES, Field.SLAB_SCALE, Field.SLAB_DATA, Field.SCRATCH, Field.TOKEN_SEGMENTS,
+        Field.SCALED, Field.SLAB_VECTORS,
     )
 )  # fmt: skip
 
@@ -172,6 +176,11 @@ def carry_out(program, count, numbers, fields, counter, part, parts, act, slab, 
             if f[s + 3] == 0:
                 continue
             low_rank(code, a, f, s, part, parts, act, slab)
+        elif code == SCALE:  # y, stride, sites, how many
+            if f[s + 3] == 0 or f[SCALED] == 0:
+                continue
+            scale_share(part, parts, f[s], f[s + 1], f[s + 2], f[s + 3], a[5], a[6], a[3], a[4], f[SLAB_VECTORS],
+                        f[SLAB_SITES], f[SLAB_DATA], act, slab)  # fmt: skip
         elif code == ATTENTION:
             attend(a, f, rows, number, part, parts, act)
         else:

@@ -126,6 +126,12 @@ class Recorder:
         self._note(Code.EXPAND, *arguments)
         return y
 
+    def output_scale(self, y: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor:
+        sites = SiteArray(group)
+        self.kept.append(sites)
+        self._note(Code.SCALE, y.data_ptr(), y.stride(0) * 2, *sites.arguments)
+        return y
+
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         check_rows("add_rms_norm", x, weight)
         self.kept.append(weight)
@@ -223,7 +229,7 @@ class Program:
         self._stored = STORED[recorder.stored.pop()]
         self._operations = np.array(recorder.finish(), np.int64)
         self._numbers = np.array(recorder.numbers, np.float32)
-        self._fields = np.zeros(Field.LOGIT_SEGMENTS + 4, np.int64)
+        self._fields = np.zeros(len(Field) + 6, np.int64)  # segments take four each
         self._parts, self._counter = team(), np.zeros(8, np.int64)
         self._scratch = np.empty(0, np.float32)
         self._widest = max(self._operations[self._operations[:, 0] == Code.SHRINK, 9], default=0)
@@ -246,6 +252,7 @@ class Program:
             self._room(segments[0]),
             *((0, 0, 0, 0) if segments[0] is None else segments[0].arguments),
             *((0, 0, 0, 0) if segments[1] is None else segments[1].arguments),
+            batch.scaled, 0 if slab.vectors is None else slab.vectors.data_ptr(),
         )  # fmt: skip
         program_kernel(
             self._operations.ctypes.data, len(self._operations), self._numbers.ctypes.data, self._fields.ctypes.data,
@@ -271,5 +278,5 @@ def _any_batch(rows: int) -> Batch:
     return Batch(
         tokens=long, positions=long.clone(), query_start=short, kv_len=short, max_query=rows, max_kv=rows,
         block_table=short.unsqueeze(1), cache_slot=long.clone(), token_segments=segments[0], logit_rows=long.clone(),
-        logit_segments=segments[1],
+        logit_segments=segments[1], scaled=True,
     )  # fmt: skip

@@ -52,6 +52,20 @@ class ReferenceOps:
                 y[rows, columns] = (y[rows, columns].to(wide) + delta).to(y.dtype)
         return y
 
+    def output_scale(self, y: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:
+        """gain * y + shift for the rows of each segment, [T, group.d_out]; computed in fp32."""
+        wide = torch.promote_types(y.dtype, torch.float32)
+        for i, handle in enumerate(segments.adapter):
+            rows = segments.rows[segments.start[i] : segments.start[i + 1]]
+            for site, offset in zip(group.sites, group.offsets, strict=True):
+                gain, shift = slab.gain_and_shift(handle, site.index, site.d_out)
+                columns = slice(offset, offset + site.d_out)
+                if gain is not None:
+                    y[rows, columns] = (y[rows, columns].to(wide) * gain).to(y.dtype if shift is None else wide)
+                if shift is not None:
+                    y[rows, columns] = (y[rows, columns].to(wide) + shift).to(y.dtype)
+        return y
+
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         """tokens [T] -> [T, hidden]."""
         return F.embedding(tokens, table)

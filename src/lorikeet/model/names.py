@@ -16,6 +16,8 @@ MODULES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+# What some trainers call products that read the same input, and the roles whose rows they hold one below the other.
+FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 NORMS = {
     "attn_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -49,6 +51,21 @@ def site_of(module: str, spec: ModelSpec) -> Site | None:
     if role is None or (role in ROLES) != (layer is not None) or (layer is not None and layer >= spec.num_layers):
         return None
     return spec.site(layer, role)
+
+
+def sites_of(module: str, spec: ModelSpec) -> tuple[Site, ...]:
+    """The sites of a published or fused module name, in the order of its rows; none where there is no such place."""
+    match = _IN_LAYER.fullmatch(module)
+    if match is not None and match[2] in FUSED and int(match[1]) < spec.num_layers:
+        return tuple(spec.site(int(match[1]), role) for role in FUSED[match[2]])
+    site = site_of(module, spec)
+    return () if site is None else (site,)
+
+
+def module_names(spec: ModelSpec) -> list[str]:
+    """Every module that an adapter may name: those of the sites, and the fused ones."""
+    fused = [layer_module(layer, name) for layer in range(spec.num_layers) for name in FUSED]
+    return [*map(module_of, spec.sites), *fused]
 
 
 def checkpoint_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
