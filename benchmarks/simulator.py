@@ -1,0 +1,167 @@
+"""Does the simulator tell the truth? The same arrivals through the real engine and through `lorikeet simulate`.
+
+The cost model is fitted on `lorikeet bench`'s bursts, which are not the scenario: open loop, Poisson, Zipf adapters, a
+slab that holds a part of them. The rate is a share of the capacity that the simulator finds by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from lorikeet.bench import TimedEngine, measure, open_engine
+from lorikeet.config import EngineConfig, parse_size
+from lorikeet.simulate.cost import CostModel
+from lorikeet.simulate.run import cost_model
+from lorikeet.simulate.scenario import FittedCost, Poisson, Scenario, check_scenario, read_scenario
+from lorikeet.simulate.simulation import simulate
+from lorikeet.simulate.summary import percentiles, summarise
+from lorikeet.simulate.traffic import Traffic, draw_traffic
+from shapes import NAMES, default_cache, fixture
+
+SCENARIO = Path(__file__).parent.parent / "recipes" / "simulate" / "nano.yaml"
+BAR = 0.2
+Json = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="nano", choices=NAMES)
+    parser.add_argument("--scenario", type=Path, default=SCENARIO)
+    parser.add_argument("--bench", type=Path, help="measured before; default: measure now")
+    parser.add_argument("--load", type=float, default=0.65, help="share of the simulated capacity")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=1, help="of the bench")
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    options = parser.parse_args()
+
+    scenario = read_scenario(options.scenario)
+    base = fixture(options.model, options.cache)
+    folders = base.adapters([options.rank] * scenario.adapters.count)
+    config = engine_config(base.model, scenario)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = options.bench or Path(folder) / "bench.json"
+        if options.bench is None:
+            plain = EngineConfig(model=base.model, max_seqs=config.max_seqs, step_tokens=config.step_tokens)
+            bench.write_bytes(msgspec.json.encode(measure(plain, folders, repeats=options.repeats)))
+        engine, infos, _ = open_engine(config, folders, Path(folder) / "compiled")
+        scenario = replace(
+            scenario,
+            cost=FittedCost(file=str(bench)),
+            adapters=replace(scenario.adapters, bytes=[info.nbytes for info in infos]),
+            engine=replace(scenario.engine, kv_tokens=engine.sizes.blocks * config.block_size),
+        )
+        check_scenario(scenario)
+        cost = cost_model(scenario)
+        rate = options.load * capacity(scenario, cost)
+        scenario = with_rate(scenario, rate)
+        traffic = draw_traffic(scenario)
+        measured = play(TimedEngine(engine), infos, traffic)
+        simulated = simulated_numbers(scenario, cost, traffic)
+    report(measured, simulated, rate, cost)
+
+
+def engine_config(model: str, scenario: Scenario) -> EngineConfig:
+    limits = scenario.engine
+    return EngineConfig(
+        model=model,
+        adapter_memory=parse_size(limits.adapter_memory),
+        block_size=limits.block_size,
+        max_seqs=limits.max_seqs,
+        step_tokens=limits.step_tokens,
+        chunk_tokens=limits.chunk_tokens,
+        queue=limits.queue,
+    )
+
+
+def with_rate(scenario: Scenario, rate: float) -> Scenario:
+    return replace(scenario, traffic=[replace(stream, arrivals=Poisson(rate=rate)) for stream in scenario.traffic])
+
+
+def capacity(scenario: Scenario, cost: CostModel) -> float:
+    """Requests a second when all come at once."""
+    flood = replace(with_rate(scenario, 1e6), engine=replace(scenario.engine, queue=scenario.requests))
+    return float(summarise(flood, simulate(flood, cost))["throughput"]["requests_per_second"])
+
+
+def play(engine: TimedEngine, infos: list[Any], traffic: Traffic) -> Json:
+    """Send the requests when their time has come, whatever the engine does; step while there is work."""
+    draw = np.random.default_rng(0)
+    vocabulary = engine.engine.spec.vocab_size
+    prompts = [draw.integers(0, vocabulary, length).tolist() for length in traffic.prompt]
+    for i in range(20):  # code and memory are warm
+        engine.add(draw.integers(0, vocabulary, 32).tolist(), 8, infos[i % len(infos)])
+        engine.step()
+    while engine.engine.has_work():
+        engine.step()
+    engine.steps.clear()
+    count = len(traffic)
+    index: dict[str, int] = {}
+    first, last = np.full(count, np.nan), np.full(count, np.nan)
+    gaps: list[float] = []
+    added = finished = 0
+    begin = time.perf_counter()
+    while finished < count:
+        while added < count and traffic.time[added] <= time.perf_counter() - begin:
+            adapter = int(traffic.adapter[added])
+            name = engine.add(prompts[added], int(traffic.output[added]), infos[adapter] if adapter >= 0 else None)
+            index[name] = added
+            added += 1
+        if not engine.engine.has_work():
+            time.sleep(max(float(traffic.time[added]) - (time.perf_counter() - begin), 0.0))
+            continue
+        events = engine.step()
+        now = time.perf_counter() - begin
+        for event in events:
+            i = index[event.request_id]
+            if np.isnan(first[i]):
+                first[i] = now
+            else:
+                gaps.append(now - last[i])
+            last[i] = now
+            finished += event.finish is not None
+            assert event.error is None, event.error
+    return numbers(traffic, first, last, np.array(gaps), len(engine.steps), sum(s for _, s in engine.steps))
+
+
+def simulated_numbers(scenario: Scenario, cost: CostModel, traffic: Traffic) -> Json:
+    record = simulate(scenario, cost, traffic)
+    return numbers(traffic, record.first, record.last, record.gaps, record.steps, float(record.busy.sum()))
+
+
+def numbers(traffic: Traffic, first: Any, last: Any, gaps: Any, steps: int, busy: float) -> Json:
+    seconds = float(last.max() - traffic.time[0])
+    ttft, itl = percentiles(first - traffic.time), percentiles(gaps)
+    return {
+        "requests_per_second": len(traffic) / seconds,
+        "tokens_per_second": float(traffic.output.sum()) / seconds,
+        "ttft_p50": ttft["p50"],
+        "ttft_p95": ttft["p95"],
+        "itl_p50": itl["p50"],
+        "itl_p95": itl["p95"],
+        "steps": steps,
+        "busy_share": busy / seconds,
+    }
+
+
+def report(measured: Json, simulated: Json, rate: float, cost: CostModel) -> None:
+    print(f"{rate:.1f} requests a second; steps cost {cost}")
+    print(f"{'':24}{'measured':>12}{'simulated':>12}{'ratio':>8}")
+    ratios = {name: simulated[name] / measured[name] for name in measured}
+    for name, ratio in ratios.items():
+        print(f"{name:24}{measured[name]:12.5g}{simulated[name]:12.5g}{ratio:8.2f}")
+    judged = ("requests_per_second", "tokens_per_second", "ttft_p50", "ttft_p95")
+    holds = all(abs(ratios[name] - 1) <= BAR for name in judged)
+    print(json.dumps({"measured": measured, "simulated": simulated, "ratios": ratios, "bar": BAR, "holds": holds}))
+
+
+if __name__ == "__main__":
+    main()
