@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["serve", "train", "eval", "demo", "pretrain"]
+COMMANDS = ["serve", "train", "eval", "demo", "pretrain", "simulate", "bench"]
 
 
 def lorikeet(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

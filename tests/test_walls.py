@@ -36,6 +36,8 @@ ROOMS: dict[str, set[str]] = {
     "data": set(),
     "client": set(),
     "server": {"engine.link", "registry", "evals.leaderboard", "model.tokenizer", "model.sources", "adapters.files"},
+    "simulate": {"engine.scheduler", "engine.blocks", "engine.residency", "engine.request", "engine.fairness"},
+    "bench": {"*"},
     "cli": {"*"},
     "demo": {"*"},
     "judge": {"*"},
@@ -51,6 +53,7 @@ HOMES: dict[str, set[str]] = {
     "prometheus_client": {"server/"},
     "httpx": {"client.py"},
     "sklearn": {"evals/"},
+    "scipy": {"simulate/fit.py"},
     "typer": {"cli.py"},
     "zmq": {"engine/"},
     "peft": set(),
@@ -80,6 +83,8 @@ NO_TORCH = [
     "lorikeet.server.app",
     "lorikeet.server.serve",
     "lorikeet.evals.harness",
+    "lorikeet.simulate.run",
+    "lorikeet.simulate.fit",
 ]
 SILENT_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 

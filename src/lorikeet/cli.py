@@ -197,6 +197,53 @@ def pretrain(
     run_pretrain(recipe, resume=resume, until=until, minutes=minutes, decay=decay, export=export)
 
 
+@app.command(
+    epilog="[bold]Examples[/]\n\nlorikeet simulate recipes/simulate/fleet.yaml\n\n"
+    "lorikeet simulate recipes/simulate/noisy.yaml --output noisy.html --json"
+)
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="A scenario: traffic, replicas, and what a step costs.")],
+    output: Annotated[Path, typer.Option(help="The plots, one HTML file.")] = Path("simulation.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Run the real scheduler against a cost model: what would so much traffic on so many replicas be like?"""
+    from lorikeet.simulate.run import run_simulate
+
+    run_simulate(scenario, output, as_json)
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\nlorikeet bench --adapters runs/demo --output bench.json\n\n"
+    "lorikeet bench --model ./Qwen2.5-0.5B --adapters ./adapters --max-seqs 32 --output bench.json"
+)
+def bench(
+    output: Annotated[Path, typer.Option(help="Where the measured steps go (JSON).")],
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of the base; without it the embedded base.")
+    ] = "lorikeet-nano",
+    adapters: Annotated[Path | None, typer.Option(help="PEFT folders below this one take part, 64 at most.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16, as for serve.")] = "auto",
+    quantize: Annotated[str, typer.Option(help="none | int8, as for serve.")] = "none",
+    max_seqs: Annotated[int, typer.Option(help="Sequences that run at once.", min=1)] = 64,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of one step.", min=16)] = 1024,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
+    repeats: Annotated[int, typer.Option(help="How often everything is measured.", min=1)] = 1,
+) -> None:
+    """Measure the steps of this machine, for scenarios whose cost is `fitted`. Let nothing else run beside it."""
+    from lorikeet.bench import run_bench
+    from lorikeet.config import EngineConfig
+
+    config = EngineConfig(
+        model=model,
+        dtype=_one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
+        quantize=_one_of(quantize, "--quantize", "none", "int8"),
+        max_seqs=max_seqs,
+        step_tokens=step_tokens,
+        threads=threads,
+    )
+    run_bench(config, adapters=adapters, output=output, repeats=repeats)
+
+
 def main() -> None:
     """Entry point: what a user did wrong is a message and exit code 2, never a traceback."""
     try:
