@@ -264,11 +264,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
 
 
+class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How adapters are fetched from elsewhere. Sizes in bytes, times in seconds."""
+
+    allow_private: bool = False  # addresses that are not public, and http
+    s3_endpoint: str | None = None  # of an S3-compatible store; None: AWS
+    max_bytes: int = 4 * 2**30  # of one adapter
+    cache_bytes: int = 20 * 2**30  # of all downloads; the longest unused go first
+    stall_seconds: float = 10.0  # without a byte, and an attempt has failed
+    attempt_seconds: float = 60.0
+    total_seconds: float = 120.0  # what a request waits, and a download may take
+    attempts: int = 5  # in a row without progress
+    backoff_seconds: float = 0.5  # before the second attempt, doubled before each further one
+    longest_backoff: float = 10.0
+
+
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`lorikeet serve`: the engine and the HTTP process in front of it."""
 
     engine: EngineConfig = EngineConfig()
     adapters: str | None = None
+    adapter_sources: tuple[Literal["hf", "s3", "gs", "az", "https"], ...] = ()  # from where requests may name adapters
+    sources: SourceConfig = SourceConfig()
     host: str = "127.0.0.1"
     port: int = 8000
     drain_seconds: float = 30.0

@@ -112,6 +112,28 @@ class ModelError(LorikeetError):
     status = 422
 
 
+class SourceRefusedError(InvalidRequestError):
+    """A reference to an adapter that this server does not follow: its scheme, its address, its form."""
+
+    code = "source_refused"
+
+
+class SourceError(LorikeetError):
+    """Where an adapter comes from fails, or sends something else than it announced."""
+
+    code = "source_failed"
+    status = 502
+    retryable = True
+
+
+class DiskFullError(LorikeetError):
+    """There is no room for a download."""
+
+    code = "disk_full"
+    status = 507
+    retryable = True
+
+
 class OverloadedError(LorikeetError):
     """The queue is full."""
 
