@@ -6,6 +6,7 @@ Every field is handled, known to be irrelevant to the forward pass, or refused b
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_spec(folder: Path) -> ModelSpec:
-    """The spec of the checkpoint in `folder`, from config.json and, for the stop ids, generation_config.json."""
+def load_spec(folder: Path, handled: Collection[str] = ()) -> ModelSpec:
+    """The spec of the checkpoint in `folder`, from config.json and, for the stop ids, generation_config.json.
+
+    `handled` names fields of config.json that the caller deals with; here they would be refused.
+    """
     config = read_json(folder / "config.json")
     fields = _Fields(config, folder / "config.json")
     family = fields.one_of("model_type", tuple(ARCHITECTURES))
-    _refuse_unsupported(fields, family)
+    _refuse_unsupported(fields, family, handled)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     absent_kv_heads = heads if "num_key_value_heads" in config else _KV_HEADS_DEFAULT.get(family, heads)
@@ -151,7 +155,7 @@ class _Fields:
         return str(value)
 
 
-def _refuse_unsupported(fields: _Fields, family: str) -> None:
+def _refuse_unsupported(fields: _Fields, family: str, handled: Collection[str]) -> None:
     config = fields.config
     architectures = config.get("architectures")
     if architectures and ARCHITECTURES[family] not in architectures:
@@ -164,7 +168,7 @@ def _refuse_unsupported(fields: _Fields, family: str) -> None:
             raise fields.error(name, f"false (a {family} model has no such bias)", config[name])
     for name, value in config.items():
         # A neutral value says "feature off", whatever the feature is.
-        if name not in _KNOWN and value not in (None, False, 0, "", [], {}):
+        if name not in _KNOWN and name not in handled and value not in (None, False, 0, "", [], {}):
             raise ModelError(
                 f"{fields.path}: {name} = {value!r} is not supported",
                 hint=f"{family} models are computed without it; remove it if it does not change the forward pass",

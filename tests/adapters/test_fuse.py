@@ -1,0 +1,423 @@
+"""Fusing an adapter into its base. The oracle is peft's `merge_and_unload`, and the logits of transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.fixtures import AdapterShape, make_adapter, make_checkpoint, oracle, sample_tokens
+
+from lorikeet.adapters import fuse as module
+from lorikeet.adapters import stored
+from lorikeet.adapters.files import CONFIG, Lock, LockedBase, LockedTemplate, write_lock
+from lorikeet.adapters.fuse import BaseModel, fuse
+from lorikeet.adapters.safefile import TensorEntry
+from lorikeet.adapters.stored import Tensor
+from lorikeet.errors import AdapterError, ConfigError, LockMismatchError, ModelError
+from lorikeet.model.families import load_spec, read_json
+from lorikeet.model.sources import checkpoint_files
+from lorikeet.types import BaseIdentity
+
+IDENTITY = BaseIdentity(name="tiny", sha256="b" * 64, tokenizer_sha256="c" * 64, stop_ids=(1,))
+LOCKED = Lock(base=LockedBase("tiny", "b" * 64), tokenizer_sha256="c" * 64, stop_ids=(1,))
+
+
+def model(folder: Path) -> BaseModel:
+    return BaseModel(
+        folder=folder,
+        files=checkpoint_files(folder),
+        config=read_json(folder / "config.json"),
+        spec=load_spec(folder, handled=("quantization_config",)),
+        identity=lambda: IDENTITY,
+    )
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in checkpoint_files(folder) for name, value in load_file(path).items()}
+
+
+def kinds() -> dict[str, Any]:
+    """peft's config of each kind that weights and biases can hold."""
+    from peft import IA3Config, LoraConfig, VeraConfig
+
+    linear = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    lora = {"r": 4, "lora_alpha": 12, "target_modules": linear, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return {
+        "rslora": LoraConfig(**lora, use_rslora=True, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 3}),
+        "dora": LoraConfig(**lora, use_dora=True),
+        "lora-bias": LoraConfig(**{**lora, "target_modules": ["q_proj", "v_proj"]}, lora_bias=True),
+        "ia3": IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        ),
+        "vera": VeraConfig(r=8, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
+    }
+
+
+def make_kind(base: Path, folder: Path, config: Any) -> Path:
+    """An adapter of this config whose every tensor is random."""
+    from peft import get_peft_model
+
+    torch.manual_seed(1)
+    adapted = get_peft_model(oracle(base), config)
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if any(part in name for part in ("lora_", "ia3_", "vera_lambda")) and "vera_A" not in name:
+                value.add_(0.2 * torch.randn_like(value))
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(found, expected, atol=atol * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("block", [300, 2**22])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "llama-tied"])
+def test_weights_and_logits_are_pefts(
+    family: str,
+    block: int,
+    checkpoint: Callable[..., Path],
+    adapters: Callable[..., list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK", block)
+    base, adapter = checkpoint(family), adapters(family, 4)[3]
+    fuse(model(base), adapter, tmp_path / "fused")
+    with torch.no_grad():
+        merged = oracle(base, adapter).merge_and_unload()
+    expected, found, before = merged.state_dict(), tensors(tmp_path / "fused"), tensors(base)
+    assert found.keys() == before.keys()
+    changed = 0
+    for name, value in found.items():
+        assert_close(value, expected[name], 1e-6)
+        changed += not torch.equal(value, before[name])
+    assert changed == 21
+    tokens = sample_tokens(2, 24)
+    with torch.no_grad():
+        assert_close(oracle(tmp_path / "fused")(tokens).logits, merged(tokens).logits, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft takes lora_B.bias for a part of a shard
+@pytest.mark.parametrize("kind", ["rslora", "dora", "lora-bias", "ia3", "vera"])
+def test_every_kind_that_weights_can_hold(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    base = checkpoint("qwen2")
+    adapter = make_kind(base, tmp_path / kind, kinds()[kind])
+    fuse(model(base), adapter, tmp_path / "fused")
+    tokens = sample_tokens(2, 24)
+    with torch.no_grad():
+        adapted, plain, fused = (
+            oracle(*folders)(tokens).logits for folders in ((base, adapter), (base,), (tmp_path / "fused",))
+        )
+    assert (adapted - plain).abs().mean() > 0.05
+    assert_close(fused, adapted, 1e-5)
+
+
+def test_bf16_is_rounded_once(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, adapter = checkpoint("qwen2", torch.bfloat16), adapters("qwen2", 1, torch.bfloat16)[0]
+    fuse(model(base), adapter, tmp_path / "fused")
+    expected = oracle(base, adapter).merge_and_unload().state_dict()  # computed in fp32
+    for name, value in tensors(tmp_path / "fused").items():
+        assert value.dtype == torch.bfloat16
+        wide = expected[name].float()
+        differs = value != wide.bfloat16()
+        assert differs.float().mean() < 1e-3  # fp32 sums in another order may fall on the other side of a tie
+        assert_close(value.float(), wide, 2**-8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_another_dtype(
+    dtype: str, checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, adapter = checkpoint("llama", torch.bfloat16), adapters("llama", 1, torch.bfloat16)[0]
+    fuse(model(base), adapter, tmp_path / "fused", dtype=dtype)  # type: ignore[arg-type]
+    wanted = getattr(torch, dtype)
+    expected = oracle(base, adapter).merge_and_unload().state_dict()
+    for name, value in tensors(tmp_path / "fused").items():
+        assert value.dtype == wanted
+        assert_close(value.float(), expected[name].float(), 2**-8 if dtype == "bfloat16" else 1e-3)
+    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert config["torch_dtype"] == dtype and "dtype" not in config
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "fused", dtype="auto").dtype == wanted
+
+
+@pytest.fixture
+def sharded(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A base of several files, with other forms of the weights and a licence beside them."""
+    folder = tmp_path / "sharded"
+    shutil.copytree(checkpoint("llama"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    oracle(checkpoint("llama")).save_pretrained(folder, max_shard_size="150KB")
+    assert len(checkpoint_files(folder)) > 2
+    (folder / "LICENSE").write_text("as you like")
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "pytorch_model.bin.index.json", ".gitattributes"):
+        (folder / name).write_bytes(b"{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    return folder
+
+
+def test_shards_keep_their_names_and_the_rest_is_copied(
+    sharded: Path, adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    fuse(model(sharded), adapters("llama", 1)[0], tmp_path / "fused", report=lambda *at: seen.append(at))
+    fused = tmp_path / "fused"
+    names = {path.name for path in checkpoint_files(fused)}
+    assert names == {path.name for path in checkpoint_files(sharded)}
+    index = "model.safetensors.index.json"
+    ours, theirs = (json.loads((folder / index).read_text()) for folder in (fused, sharded))
+    assert ours["weight_map"] == theirs["weight_map"]
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"] == seen[-1][0] == seen[-1][1]
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"):
+        assert (fused / name).read_bytes() == (sharded / name).read_bytes()
+    assert (fused / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+    left = {path.name for path in sharded.iterdir()} - {path.name for path in fused.iterdir()}
+    assert left == {"pytorch_model.bin", "consolidated.safetensors", "pytorch_model.bin.index.json", ".gitattributes"}
+    oracle(fused)
+
+
+def test_a_chat_template_comes_along(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(adapters("llama", 1)[0], tmp_path / "adapter"))
+    write_lock(adapter, msgspec.structs.replace(LOCKED, template=LockedTemplate.of("chat", "{{ messages }}!")))
+    lock = fuse(model(checkpoint("llama")), adapter, tmp_path / "fused")
+    assert lock is not None
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "fused").chat_template == "{{ messages }}!"
+
+
+def test_an_adapter_of_another_base_is_refused(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, adapter = model(checkpoint("llama")), Path(shutil.copytree(adapters("llama", 1)[0], tmp_path / "adapter"))
+    write_lock(adapter, msgspec.structs.replace(LOCKED, base=LockedBase("other", "0" * 64)))
+    with pytest.raises(LockMismatchError, match="trained for another base"):
+        fuse(base, adapter, tmp_path / "fused")
+    fuse(base, adapter, tmp_path / "fused", allow_lock_mismatch=True)
+    with pytest.raises(AdapterError, match="expected"):
+        fuse(model(checkpoint("qwen3")), adapters("llama", 1)[0], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failure_leaves_nothing_behind(
+    there: bool, checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, adapter = model(checkpoint("llama")), adapters("llama", 1)[0]
+    if there:
+        fuse(base, adapter, tmp_path / "fused")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+
+    def full(done: int, total: int) -> None:
+        if done > total // 2:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fuse(base, adapter, tmp_path / "fused", force=True, report=full)
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_what_is_there_is_not_overwritten(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    folder, adapter = Path(shutil.copytree(checkpoint("llama"), tmp_path / "base")), adapters("llama", 2)[0]
+    base, fused = model(folder), tmp_path / "fused"
+    fuse(base, adapter, fused)
+    with pytest.raises(ConfigError, match="fused exists.*--force replaces it"):
+        fuse(base, adapter, fused)
+    first = tensors(fused)
+    fuse(base, adapters("llama", 2)[1], fused, force=True)
+    assert any(not torch.equal(value, first[name]) for name, value in tensors(fused).items())
+    for output in (folder, tmp_path):
+        with pytest.raises(ConfigError, match="holds the base or the adapter"):
+            fuse(base, adapter, output, force=True)
+    (tmp_path / "home").mkdir()
+    with pytest.raises(ConfigError, match="home exists and is not a model's folder"):
+        fuse(base, adapter, tmp_path / "home", force=True)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")
+def test_what_a_checkpoint_cannot_hold_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    base = checkpoint("llama")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, lora_bias=True, task_type="CAUSAL_LM")
+    adapter = make_kind(base, tmp_path / "bias", lora)
+    with pytest.raises(AdapterError, match=r"q_proj\.bias: the adapter has one, this llama base has no place for it"):
+        fuse(model(base), adapter, tmp_path / "fused")
+    plain = make_adapter(base, tmp_path / "alora", AdapterShape(rank=2, targets=("q_proj",)))
+    config = json.loads((plain / CONFIG).read_text())
+    (plain / CONFIG).write_text(json.dumps(config | {"alora_invocation_tokens": [7, 8]}))
+    with pytest.raises(AdapterError, match="alora_invocation_tokens: an activated LoRA acts from its invocation on"):
+        fuse(model(base), plain, tmp_path / "fused")
+
+
+def rewrite(folder: Path, **change: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    content = {**load_file(path), **{name.replace("__", "."): value for name, value in change.items()}}
+    save_file({name: value for name, value in content.items() if value is not None}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        (None, None, r"model\.norm\.weight is missing"),
+        (torch.ones(63), None, r"model\.norm\.weight: expected \[64\], found \[63\]"),
+        (torch.ones(64, dtype=torch.int8), None, r"model\.norm\.weight: expected F32 or .*, found I8"),
+        (torch.full((64,), 7e4), "float16", r"model\.norm\.weight: a value is too large for F16"),
+        (torch.full((64,), 3.4e38), "bfloat16", r"model\.norm\.weight: a value is too large for BF16"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(
+    change: torch.Tensor | None,
+    dtype: Any,
+    message: str,
+    checkpoint: Callable[..., Path],
+    adapters: Callable[..., list[Path]],
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "base"))
+    rewrite(folder, model__norm__weight=change)
+    with pytest.raises(ModelError, match=message):
+        fuse(model(folder), adapters("llama", 1)[0], tmp_path / "fused", dtype=dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def lorikeet(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lorikeet", "adapters", "fuse", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], cache: Path, tmp_path: Path
+) -> None:
+    base, adapter = checkpoint("llama"), adapters("llama", 1)[0]
+    result = lorikeet(str(base), str(adapter), "--output", str(tmp_path / "fused"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.rstrip().endswith(f"fused: llama with {adapter.name}")
+    fuse(model(base), adapter, tmp_path / "again")
+    again = tensors(tmp_path / "again")
+    assert all(torch.equal(value, again[name]) for name, value in tensors(tmp_path / "fused").items())
+    result = lorikeet(str(base), str(adapter), "--output", str(tmp_path / "other"), "--dtype", "int4")
+    assert result.returncode == 2
+    assert "--dtype: found 'int4'; expected auto | float32 | bfloat16 | float16" in result.stderr
+    result = lorikeet("--help")
+    assert "Examples" in result.stdout and "lorikeet adapters fuse" in result.stdout
+
+
+# --- a quantised base ---------------------------------------------------------------------------------------------
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantise(family: str, root: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Write `root/plain` and in a form of bitsandbytes `root/base`; what bitsandbytes itself reads out of that.
+
+    Rows are whole blocks, because its CPU kernel takes others wrongly.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **QUANTISED[kind])
+    quantised = AutoModelForCausalLM.from_pretrained(
+        make_checkpoint(family, root / "plain", intermediate_size=128),
+        quantization_config=config,
+        dtype=torch.float32,
+        device_map="cpu",
+    )
+    quantised.save_pretrained(root / "base")
+    expected: dict[str, torch.Tensor] = quantised.dequantize().state_dict()
+    return expected
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_base_is_dequantised(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 300)
+    expected = quantise("qwen2", tmp_path, kind)
+    adapter = make_adapter(tmp_path / "plain", tmp_path / "adapter", AdapterShape(rank=1))
+    fuse(model(tmp_path / "base"), adapter, tmp_path / "fused", dtype="float32")
+    found, plain = tensors(tmp_path / "fused"), tensors(tmp_path / "plain")
+    assert found.keys() == plain.keys()
+    assert "quantization_config" not in json.loads((tmp_path / "fused" / "config.json").read_text())
+    pairs = load_file(adapter / "adapter_model.safetensors")
+    for name, value in found.items():
+        wanted = expected[name].float()
+        stem = f"base_model.model.{name.removesuffix('weight')}"
+        if f"{stem}lora_A.weight" in pairs:
+            wanted = wanted + 8 * (pairs[f"{stem}lora_B.weight"] @ pairs[f"{stem}lora_A.weight"])
+            assert not torch.equal(expected[name].float(), plain[name])
+        assert_close(value, wanted, 1e-6)
+    oracle(tmp_path / "fused")
+
+
+@pytest.mark.parametrize("columns", [96, 63])
+def test_rows_need_not_be_whole_blocks(columns: int) -> None:
+    """The values are blocks in row-major order: read by rows they are what all of them are at once."""
+    import bitsandbytes.functional as bnb
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(10, columns, generator=generator)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    saved = {"w": packed, **{f"w.{name}": value for name, value in state.as_dict(packed=True).items()}}
+    whole, mapped = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset, state.code
+    nibbles = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], 1).reshape(-1)[: weight.numel()].long()
+    expected = (mapped[nibbles] * whole.repeat_interleave(64)[: weight.numel()]).reshape(weight.shape)
+    tensor = read_quantised(saved)
+    for start, stop in ((0, 10), (0, 1), (3, 4), (5, 9), (9, 10)):
+        torch.testing.assert_close(torch.from_numpy(tensor.rows(start, stop).copy()), expected[start:stop])
+    assert (expected - weight).abs().max() < 0.5
+
+
+def read_quantised(saved: dict[str, torch.Tensor]) -> Tensor:
+    parts = {}
+    for name, value in saved.items():
+        kind = {torch.uint8: "U8", torch.float32: "F32"}[value.dtype]
+        parts[name] = ("file", TensorEntry(kind, tuple(value.shape), 0, 0), memoryview(value.numpy().tobytes()))
+    return stored._four_bits("w", next(name for name in saved if "quant_state" in name), parts, "F32")
+
+
+def test_a_quantised_base_that_is_not_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    quantise("llama", tmp_path, "nf4-double")
+    adapter = make_adapter(tmp_path / "plain", tmp_path / "adapter", AdapterShape(rank=1))
+    q = "model.layers.0.self_attn.q_proj.weight"
+    whole = load_file(folder / "model.safetensors")
+
+    def refused(change: dict[str, torch.Tensor | None], message: str) -> None:
+        content = {name: value for name, value in {**whole, **change}.items() if value is not None}
+        save_file(content, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=message):
+            fuse(model(folder), adapter, tmp_path / "fused")
+
+    refused({f"{q}.absmax": None}, r"q_proj\.weight: cannot be dequantised: .*absmax is missing")
+    refused({f"{q}.absmax": whole[f"{q}.absmax"][1:]}, r"absmax: expected U8 of 64 values, found U8 \[63\]")
+    refused({f"{q}.quant_map": torch.ones(15)}, r"quant_map: expected F32 of 16 values")
+    refused({q: whole[q][2:]}, r"expected sizes that fit 2046 bytes")
+    state = f"{q}.quant_state.bitsandbytes__nf4"
+    refused({state: whole[state][:-1]}, "is not a quantisation state")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "gptq"
+    (folder / "config.json").write_text(json.dumps(config))
+    refused({}, r"quantization_config\.quant_method: expected 'bitsandbytes', found 'gptq'")
+    write_lock(Path(shutil.copytree(adapter, tmp_path / "locked")), LOCKED)
+    with pytest.raises(LockMismatchError, match="a quantised base is not what it was trained on"):
+        fuse(model(folder), tmp_path / "locked", tmp_path / "fused")
