@@ -81,6 +81,8 @@ NO_TORCH = [
     "lorikeet.cli",
     "lorikeet.adapters.files",
     "lorikeet.adapters.compiled",
+    "lorikeet.adapters.merge",
+    "lorikeet.adapters.fuse",
     "lorikeet.adapters.sources",
     "lorikeet.model.spec",
     "lorikeet.model.families",
