@@ -9,6 +9,20 @@ import msgspec
 
 Task = Literal["generate", "score", "embed", "classify"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+MergeMethod = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
+SignMethod = Literal["total", "frequency"]
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -149,6 +163,35 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     sites: int
     kind: str = "lora"
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence in a prompt on it acts; None: all
+
+
+class MergeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which adapters, by name, and how they become one.
+
+    `density` is the share of the values that pruning keeps, `majority_sign_method` whether adapters vote by value
+    (`total`) or by head (`frequency`), `seed` that of random pruning. `adapters.merge` says what the methods mean and
+    checks that the fields make sense together.
+    """
+
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    method: MergeMethod = "linear"
+    density: float | None = None
+    majority_sign_method: SignMethod | None = None  # None: total, where there is a vote
+    seed: int = 0
+    svd_rank: int | None = None
+
+    @property
+    def prunes(self) -> bool:
+        return self.method not in ("linear", "cat", "svd")
+
+    @property
+    def votes(self) -> bool:
+        return "ties" in self.method
+
+    @property
+    def draws(self) -> bool:
+        return self.method.startswith("dare")
 
 
 class BaseIdentity(msgspec.Struct, frozen=True, kw_only=True):

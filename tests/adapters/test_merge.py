@@ -32,7 +32,6 @@ from lorikeet.adapters.files import (
 )
 from lorikeet.adapters.merge import (
     METHODS,
-    MergeSpec,
     Source,
     merge,
     merge_folders,
@@ -43,6 +42,7 @@ from lorikeet.adapters.merge import (
 from lorikeet.adapters.normal import check_adapter
 from lorikeet.errors import AdapterError, ConfigError, LockMismatchError
 from lorikeet.model.families import load_spec
+from lorikeet.types import MergeSpec
 
 Q0 = "model.layers.0.self_attn.q_proj"
 OPTIONS: dict[str, dict[str, Any]] = {

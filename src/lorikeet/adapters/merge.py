@@ -42,7 +42,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 import numpy as np
@@ -62,25 +62,12 @@ from lorikeet.adapters.files import (
 )
 from lorikeet.errors import AdapterError, ConfigError, LockMismatchError
 from lorikeet.model.names import FUSED, MODULES
+from lorikeet.types import MergeMethod, MergeSpec, SignMethod
 
 if TYPE_CHECKING:
     from torch import Generator
 
-Method = Literal[
-    "linear",
-    "cat",
-    "svd",
-    "ties",
-    "dare_linear",
-    "dare_ties",
-    "magnitude_prune",
-    "ties_svd",
-    "dare_linear_svd",
-    "dare_ties_svd",
-    "magnitude_prune_svd",
-]
-SignMethod = Literal["total", "frequency"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 SIGN_METHODS: tuple[SignMethod, ...] = get_args(SignMethod)
 VERSION = 1  # part of the key: raise it when a method changes its results
 
@@ -88,65 +75,40 @@ _IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 _ORDER = {name: place for place, name in enumerate(MODULES.values())}
 
 
-class MergeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which adapters, by name, and how they become one.
+def check_spec(spec: MergeSpec) -> None:
+    """Raise ConfigError naming the first field that makes no sense, alone or with the others."""
+    if not spec.adapters:
+        raise _field("adapters", "at least one", "none")
+    if len(spec.weights) != len(spec.adapters):
+        raise _field("weights", f"one for each of {len(spec.adapters)} adapters", len(spec.weights))
+    for weight in spec.weights:
+        if not math.isfinite(weight):
+            raise _field("weights", "finite numbers", weight)
+    if spec.method not in METHODS:
+        raise _field("method", " | ".join(METHODS), spec.method)
+    _check_density(spec)
+    _check_sign_method(spec)
+    if not 0 <= spec.seed < 2**63:
+        raise _field("seed", "an integer from 0 to 2^63 - 1", spec.seed)
+    if spec.svd_rank is not None and spec.svd_rank < 1:
+        raise _field("svd_rank", "a positive integer", spec.svd_rank)
+    if spec.svd_rank is not None and spec.method == "cat":
+        raise _field("svd_rank", "none with method cat, which keeps all ranks", spec.svd_rank)
 
-    `density` is the share of the values that pruning keeps, `majority_sign_method` whether adapters vote by value
-    (`total`) or by head (`frequency`), `seed` that of random pruning. See the module for the methods.
-    """
 
-    adapters: tuple[str, ...]
-    weights: tuple[float, ...]
-    method: Method = "linear"
-    density: float | None = None
-    majority_sign_method: SignMethod | None = None  # None: total, where there is a vote
-    seed: int = 0
-    svd_rank: int | None = None
+def _check_density(spec: MergeSpec) -> None:
+    if spec.prunes and (spec.density is None or not 0 < spec.density <= 1):
+        raise _field("density", f"a number above 0 and up to 1 with method {spec.method}", spec.density)
+    if not spec.prunes and spec.density is not None:
+        raise _field("density", f"none with method {spec.method}, which prunes nothing", spec.density)
 
-    @property
-    def prunes(self) -> bool:
-        return self.method not in ("linear", "cat", "svd")
 
-    @property
-    def votes(self) -> bool:
-        return "ties" in self.method
-
-    @property
-    def draws(self) -> bool:
-        return self.method.startswith("dare")
-
-    def check(self) -> None:
-        """Raise ConfigError naming the first field that makes no sense, alone or with the others."""
-        if not self.adapters:
-            raise _field("adapters", "at least one", "none")
-        if len(self.weights) != len(self.adapters):
-            raise _field("weights", f"one for each of {len(self.adapters)} adapters", len(self.weights))
-        for weight in self.weights:
-            if not math.isfinite(weight):
-                raise _field("weights", "finite numbers", weight)
-        if self.method not in METHODS:
-            raise _field("method", " | ".join(METHODS), self.method)
-        self._check_density()
-        self._check_sign_method()
-        if not 0 <= self.seed < 2**63:
-            raise _field("seed", "an integer from 0 to 2^63 - 1", self.seed)
-        if self.svd_rank is not None and self.svd_rank < 1:
-            raise _field("svd_rank", "a positive integer", self.svd_rank)
-        if self.svd_rank is not None and self.method == "cat":
-            raise _field("svd_rank", "none with method cat, which keeps all ranks", self.svd_rank)
-
-    def _check_density(self) -> None:
-        if self.prunes and (self.density is None or not 0 < self.density <= 1):
-            raise _field("density", f"a number above 0 and up to 1 with method {self.method}", self.density)
-        if not self.prunes and self.density is not None:
-            raise _field("density", f"none with method {self.method}, which prunes nothing", self.density)
-
-    def _check_sign_method(self) -> None:
-        if self.majority_sign_method not in (None, *SIGN_METHODS):
-            raise _field("majority_sign_method", " | ".join(SIGN_METHODS), self.majority_sign_method)
-        if not self.votes and self.majority_sign_method is not None:
-            expected = f"none with method {self.method}, which elects no sign"
-            raise _field("majority_sign_method", expected, self.majority_sign_method)
+def _check_sign_method(spec: MergeSpec) -> None:
+    if spec.majority_sign_method not in (None, *SIGN_METHODS):
+        raise _field("majority_sign_method", " | ".join(SIGN_METHODS), spec.majority_sign_method)
+    if not spec.votes and spec.majority_sign_method is not None:
+        expected = f"none with method {spec.method}, which elects no sign"
+        raise _field("majority_sign_method", expected, spec.majority_sign_method)
 
 
 def _field(name: str, expected: str, found: object) -> ConfigError:
@@ -218,7 +180,7 @@ def merge(spec: MergeSpec, sources: Sequence[Source], report: Callable[[int, int
 
     Raises ConfigError for a spec that makes no sense, AdapterError for adapters that do not fit each other.
     """
-    spec.check()
+    check_spec(spec)
     pairs = _collect(spec, sources)
     unequal = any(len({pair.rank for pair in found}) > 1 for found in pairs.values())
     if spec.svd_rank is not None and not (unequal or spec.method.endswith("svd")):
@@ -500,7 +462,7 @@ def merge_folders(
     It appears whole or not at all, with a lock as `merged_lock` says. Raises ConfigError where `output` is in the way:
     anything that is there without `force`, an input or what is no adapter even with it.
     """
-    spec.check()
+    check_spec(spec)
     _check_output(folders, output, force)
     lock = merged_lock(spec.adapters, [read_lock(folder) for folder in folders])
     merged = merge(spec, [read_source(folder) for folder in folders], report)
