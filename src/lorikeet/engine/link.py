@@ -14,7 +14,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from lorikeet.engine.wire import (
     EngineInfo,
     Events,
     Failed,
+    Merge,
     Ready,
     Register,
     Resolve,
@@ -42,7 +43,7 @@ from lorikeet.engine.wire import (
     encode,
 )
 from lorikeet.errors import LorikeetError, UnavailableError
-from lorikeet.types import AdapterInfo, EngineStats, ErrorInfo, Event, Request
+from lorikeet.types import AdapterInfo, EngineStats, ErrorInfo, Event, MergeSpec, Request
 
 __all__ = ["EngineClient", "EngineInfo", "EventStream"]
 
@@ -105,7 +106,7 @@ class EngineClient:
         self._idle = asyncio.Event()
         self._idle.set()
         self._held: dict[str, AdapterInfo] = {}  # by digest; told again to a restarted engine
-        self._resolving: dict[str, asyncio.Future[AdapterInfo]] = {}
+        self._resolving: dict[str | MergeSpec, asyncio.Future[AdapterInfo]] = {}
         self._jobs: dict[int, asyncio.Future[Any]] = {}
         self._next_job = 0
         self._ready = False
@@ -194,17 +195,23 @@ class EngineClient:
 
         Concurrent calls for one folder share one job. Raises what the loader found wrong with the files.
         """
-        key = str(folder)
+        return await self._resolve(str(folder), lambda job: Resolve(job, str(folder)))
+
+    async def merge(self, spec: MergeSpec) -> AdapterInfo:
+        """The same for what becomes of several adapters, `spec.adapters` being their folders."""
+        return await self._resolve(spec, lambda job: Merge(job, spec))
+
+    async def _resolve(self, key: str | MergeSpec, message: Callable[[int], ToEngine]) -> AdapterInfo:
         future = self._resolving.get(key)
         if future is None:
             self._require_engine()
             job, future = self._new_job()
             self._resolving[key] = future
             future.add_done_callback(lambda done: self._resolved(key, done))
-            self._send(Resolve(job, key))
+            self._send(message(job))
         return await asyncio.shield(future)
 
-    def _resolved(self, key: str, future: asyncio.Future[AdapterInfo]) -> None:
+    def _resolved(self, key: str | MergeSpec, future: asyncio.Future[AdapterInfo]) -> None:
         del self._resolving[key]
         if not future.cancelled() and future.exception() is None:
             adapter = future.result()

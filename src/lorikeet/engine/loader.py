@@ -18,10 +18,12 @@ from typing import IO
 import zmq
 
 from lorikeet.adapters.compiled import compile_adapter, trim
+from lorikeet.adapters.merged import compile_merged
 from lorikeet.engine.lifeline import child_command, die_with_parent
 from lorikeet.engine.wire import (
     Compile,
     LoaderSettings,
+    Merge,
     Resolved,
     StartLoader,
     decode_from_loader,
@@ -29,7 +31,7 @@ from lorikeet.engine.wire import (
     encode,
 )
 from lorikeet.errors import LorikeetError, UnavailableError
-from lorikeet.types import ErrorInfo
+from lorikeet.types import AdapterInfo, ErrorInfo
 
 log = logging.getLogger("lorikeet.loader")
 
@@ -53,8 +55,8 @@ class Loader:
         self._folder = folder
         self._command = command or child_command("lorikeet.engine.loader")
         self._settings: LoaderSettings | None = None
-        self._waiting: deque[Compile] = deque()
-        self._running: Compile | None = None
+        self._waiting: deque[Compile | Merge] = deque()
+        self._running: Compile | Merge | None = None
         self._starts = 0
         self._start()
 
@@ -90,6 +92,10 @@ class Loader:
         self._waiting.append(Compile(job, folder))
         self._send_next()
 
+    def submit_merge(self, job: Merge) -> None:
+        self._waiting.append(job)
+        self._send_next()
+
     def poll(self) -> list[Resolved]:
         """Jobs that ended since the last call: compiled, refused, or lost with their process."""
         done = []
@@ -110,8 +116,8 @@ class Loader:
         lost = []
         if self._running is not None:
             error = UnavailableError(
-                f"the loader process {what} while it read {self._running.folder}",
-                hint="try again; if it happens again, look at the server's log and at that folder",
+                f"the loader process {what} while it read {_folders_of(self._running)}",
+                hint="try again; if it happens again, look at the server's log and at what it read",
                 retry_after=1.0,
             )
             lost.append(Resolved(self._running.job, error=error.info()))
@@ -169,10 +175,10 @@ def run_jobs(address: str) -> None:
         socket.send(encode(compile_one(message, settings)))
 
 
-def compile_one(job: Compile, settings: LoaderSettings) -> Resolved:
-    try:
-        adapter = compile_adapter(
-            Path(job.folder),
+def compile_one(job: Compile | Merge, settings: LoaderSettings) -> Resolved:
+    def compile_folder(folder: Path) -> AdapterInfo:
+        return compile_adapter(
+            folder,
             settings.spec,
             settings.base,
             settings.dtype,
@@ -180,15 +186,26 @@ def compile_one(job: Compile, settings: LoaderSettings) -> Resolved:
             settings.allow_lock_mismatch,
             [Path(path) for path in settings.checkpoint],
         )
+
+    try:
+        if isinstance(job, Compile):
+            adapter = compile_folder(Path(job.folder))
+        else:
+            cache, lax = Path(settings.cache), settings.allow_lock_mismatch
+            adapter = compile_merged(job.spec, settings.base, settings.dtype, cache, compile_folder, lax)
         if settings.disk is not None:
             trim(Path(settings.cache), settings.disk, keep=Path(adapter.path))
     except LorikeetError as error:
         return Resolved(job.job, error=error.info())
     except Exception as error:
-        log.exception("adapter %s could not be compiled", job.folder)
-        message = f"{job.folder} could not be compiled: {type(error).__name__}: {error}"
+        log.exception("%s could not be compiled", _folders_of(job))
+        message = f"{_folders_of(job)} could not be compiled: {type(error).__name__}: {error}"
         return Resolved(job.job, error=ErrorInfo(code="internal_error", message=message, status=500))
     return Resolved(job.job, adapter=adapter)
+
+
+def _folders_of(job: Compile | Merge) -> str:
+    return job.folder if isinstance(job, Compile) else " and ".join(job.spec.adapters)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from lorikeet.engine.wire import (
     Failed,
     FromEngine,
     LoaderSettings,
+    Merge,
     Ready,
     Register,
     Resolve,
@@ -149,6 +150,8 @@ class EngineProcess:
                 self._engine.cancel(message.request_id)
             case Resolve():
                 self._loader.submit(message.job, message.folder)
+            case Merge():
+                self._loader.submit_merge(message)
             case Register():
                 self._engine.register(message.adapter)
             case AskStats():

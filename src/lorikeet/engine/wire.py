@@ -8,7 +8,7 @@ import msgspec
 
 from lorikeet.config import EngineConfig
 from lorikeet.model.spec import ModelSpec
-from lorikeet.types import AdapterInfo, BaseIdentity, EngineStats, ErrorInfo, Event, Request
+from lorikeet.types import AdapterInfo, BaseIdentity, EngineStats, ErrorInfo, Event, MergeSpec, Request
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -53,6 +53,13 @@ class Resolve(Message, frozen=True):
     folder: str
 
 
+class Merge(Message, frozen=True):
+    """Merge the adapters in the folders that `spec` names, compile the result, and make it known to the engine."""
+
+    job: int
+    spec: MergeSpec
+
+
 class Register(Message, frozen=True):
     """Make known an adapter that was compiled before the engine was restarted."""
 
@@ -67,7 +74,7 @@ class Stop(Message, frozen=True):
     """Exit now; whoever sends it has drained before."""
 
 
-ToEngine = Start | Submit | Cancel | Resolve | Register | AskStats | Stop
+ToEngine = Start | Submit | Cancel | Resolve | Merge | Register | AskStats | Stop
 
 
 # engine -> HTTP process
@@ -90,7 +97,7 @@ class Events(Message, frozen=True):
 
 
 class Resolved(Message, frozen=True):
-    """The answer to `Resolve`: an adapter or an error."""
+    """The answer to `Resolve` and `Merge`: an adapter or an error."""
 
     job: int
     adapter: AdapterInfo | None = None
@@ -130,7 +137,7 @@ class Compile(Message, frozen=True):
     folder: str
 
 
-ToLoader = StartLoader | Compile
+ToLoader = StartLoader | Compile | Merge
 FromLoader = Resolved
 
 encode = msgspec.msgpack.Encoder().encode
