@@ -49,6 +49,19 @@ def serve(
     adapters: Annotated[
         str | None, typer.Option(help="Serve every PEFT folder below this one, new ones without a restart.")
     ] = None,
+    adapter_sources: Annotated[
+        str,
+        typer.Option(
+            help="Where requests may fetch adapters from, such as hf,s3,https; also gs and az. Default: none."
+        ),
+    ] = "",
+    allow_private_sources: Annotated[
+        bool, typer.Option("--allow-private-sources", help="Fetch from private addresses and over http, too.")
+    ] = False,
+    s3_endpoint: Annotated[str | None, typer.Option(help="URL of an S3-compatible store; default: AWS.")] = None,
+    max_adapter_bytes: Annotated[str, typer.Option(help="Largest adapter that is fetched.")] = "4GiB",
+    download_disk: Annotated[str, typer.Option(help="Budget of fetched adapters on disk.")] = "20GiB",
+    fetch_seconds: Annotated[float, typer.Option(help="How long a request waits for its adapter.", min=1)] = 120.0,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
@@ -87,7 +100,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
 ) -> None:
     """Serve one base and all its adapters over HTTP (OpenAI and LoRAX protocols)."""
-    from lorikeet.config import EngineConfig, ServeConfig, parse_size
+    from lorikeet.config import EngineConfig, ServeConfig, SourceConfig, parse_size
     from lorikeet.server.serve import run_serve
 
     def size(text: str | None, flag: str) -> int | None:
@@ -111,9 +124,26 @@ def serve(
         allow_lock_mismatch=allow_lock_mismatch,
         threads=threads,
     )
+    kinds = [kind for kind in adapter_sources.split(",") if kind]
+    sources = SourceConfig(
+        allow_private=allow_private_sources,
+        s3_endpoint=s3_endpoint,
+        max_bytes=parse_size(max_adapter_bytes, "--max-adapter-bytes"),
+        cache_bytes=parse_size(download_disk, "--download-disk"),
+        total_seconds=fetch_seconds,
+    )
     run_serve(
         ServeConfig(
-            engine=engine, adapters=adapters, host=host, port=port, drain_seconds=drain_seconds, api_key=api_key
+            engine=engine,
+            adapters=adapters,
+            adapter_sources=tuple(
+                _one_of(kind, "--adapter-sources", "hf", "s3", "gs", "az", "https") for kind in kinds
+            ),
+            sources=sources,
+            host=host,
+            port=port,
+            drain_seconds=drain_seconds,
+            api_key=api_key,
         )
     )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,7 +114,7 @@ def test_however_it_breaks_the_bytes_are_right(
 ) -> None:
     source = Scripted(adapter(size), digests=True)
     source.cuts, source.step, source.resumes = [max(cut, 1) for cut in cuts], step, resumes
-    store = Store(tmp_path_factory.mktemp("store"), FAST)
+    store = Store(tmp_path_factory.mktemp("store"), msgspec.structs.replace(FAST, attempts=10))
     folder = bring(store, source)
     assert contents(folder) == source.files and left_behind(store) == []
     if resumes:

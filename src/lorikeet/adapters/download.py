@@ -17,7 +17,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn, Protocol
@@ -75,13 +75,21 @@ class Manifest:
         return sum(one.size for one in self.files)
 
 
+class Chunks(Protocol):
+    """Bytes as they come. Whoever asked for them closes them."""
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
+    def close(self) -> None: ...
+
+
 class Source(Protocol):
     """Where adapters are. Both raise `TransientError`, or a `LorikeetError` that no further attempt mends."""
 
     def manifest(self, deadline: Deadline) -> Manifest:
         """What is there, for these credentials: `NotFoundError` where they may not read it."""
 
-    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Iterator[bytes]]:
+    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Chunks]:
         """The bytes from `start` on, or from 0 where the source cannot resume; which of both comes first."""
 
 
@@ -285,7 +293,7 @@ class Download:
         if start == self._file.size and start:
             return
         start, chunks = self._source.read(self._file, start, deadline)
-        with self.path.open("r+b" if start else "wb") as out:
+        with closing(chunks), self.path.open("r+b" if start else "wb") as out:
             out.truncate(start)
             out.seek(start)
             self._write(out, start, chunks, deadline)

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from lorikeet.adapters.download import (
     CHUNK,
+    Chunks,
     Manifest,
     RemoteFile,
     Source,
@@ -178,13 +179,13 @@ class HttpsSource:
             raise SourceError(f"{url}: the server does not say how long it is; expected Content-Length")
         return RemoteFile(name, size, url, version)
 
-    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Iterator[bytes]]:
+    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Chunks]:
         return read_url(self._http, file, self._headers, start, deadline)
 
 
 def read_url(
     http: Http, file: RemoteFile, headers: Mapping[str, str], start: int, deadline: Deadline, *, check: bool = True
-) -> tuple[int, Iterator[bytes]]:
+) -> tuple[int, Chunks]:
     """GET `file.address` from `start` on. `check`: the answer must be of the version that was announced."""
     asked = {**headers, "range": f"bytes={start}-"} if start else headers
     reply = http.open("GET", file.address, asked, deadline)
@@ -202,13 +203,7 @@ def read_url(
     except BaseException:
         reply.close()
         raise
-    return begin, _chunks(reply)
-
-
-def _chunks(reply: Reply) -> Iterator[bytes]:
-    with reply:
-        while chunk := reply.read(CHUNK):
-            yield chunk
+    return begin, reply
 
 
 def _there(status: int, reply: Reply, name: str) -> bool:
@@ -295,7 +290,7 @@ class HubSource:
             if reply.status not in (301, 302, 303, 307, 308) and not _there(reply.status, reply, title):
                 raise not_there(title)
 
-    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Iterator[bytes]]:
+    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Chunks]:
         return read_url(self._http, file, self._headers, start, deadline, check=False)  # a commit does not change
 
 
@@ -334,10 +329,10 @@ class ObjectSource:
         address = f"{self._kind}+{self._endpoint}://{path}"
         return RemoteFile(name, int(size), address, None if version is None else str(version), digests)
 
-    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Iterator[bytes]]:
+    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Chunks]:
         return start, self._windows(file, start, deadline)
 
-    def _windows(self, file: RemoteFile, start: int, deadline: Deadline) -> Iterator[bytes]:
+    def _windows(self, file: RemoteFile, start: int, deadline: Deadline) -> Generator[bytes]:
         path = f"{self._prefix}/{file.name}"
         for at in range(start, file.size, WINDOW):
             end = min(at + WINDOW, file.size)
@@ -481,10 +476,10 @@ class LocalSource:
         version = f"{stat.st_dev}-{stat.st_ino}-{stat.st_mtime_ns}"
         return RemoteFile(name, stat.st_size, f"file://{path.resolve()}", version) if path.is_file() else None
 
-    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Iterator[bytes]]:
+    def read(self, file: RemoteFile, start: int, deadline: Deadline) -> tuple[int, Chunks]:
         return start, self._blocks(file, start)
 
-    def _blocks(self, file: RemoteFile, start: int) -> Iterator[bytes]:
+    def _blocks(self, file: RemoteFile, start: int) -> Generator[bytes]:
         try:
             with (self._folder / file.name).open("rb") as opened:
                 opened.seek(start)

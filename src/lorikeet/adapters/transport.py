@@ -12,7 +12,7 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -20,6 +20,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from lorikeet.errors import NotFoundError, SourceError, SourceRefusedError
 
 MAX_REDIRECTS = 5
+_CHUNK = 2**20  # bytes of one read
 _REDIRECTS = (301, 302, 303, 307, 308)
 _SECRET_HEADERS = ("authorization",)
 _PORTS = {"https": 443, "http": 80}
@@ -86,6 +87,10 @@ class Reply:
             return self._response.read1(size)
         except (OSError, http.client.HTTPException) as error:
             raise TransientError(f"the connection broke: {_reason(error)}") from error
+
+    def __iter__(self) -> Iterator[bytes]:
+        while chunk := self.read(_CHUNK):
+            yield chunk
 
     def read_all(self, limit: int) -> bytes:
         """The whole body. Raises `SourceError` when it is longer than `limit` bytes, `TransientError` when cut off."""

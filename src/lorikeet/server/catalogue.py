@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorikeet.adapters.files import CONFIG, Signature, signature_of
+from lorikeet.adapters.sources import escaping_link
 from lorikeet.errors import ConfigError, NotFoundError
 
 log = logging.getLogger("lorikeet.catalogue")
@@ -85,10 +86,11 @@ class Catalogue:
             return found
         self._checked[found.name] = now
         signature = signature_of(found.folder)
-        if signature is None:
+        changed = signature != found.signature
+        if signature is None or (changed and escaping_link(found.folder, self.root) is not None):
             del self._folders[found.name]
             return None
-        if signature != found.signature:
+        if changed:
             found = self._folders[found.name] = AdapterFolder(found.name, found.folder, signature)
         return found
 
@@ -120,6 +122,9 @@ class Catalogue:
             return f"its name is the base's ({claimed[0]})"
         if not NAME.fullmatch(name):
             return f"its name must match {NAME.pattern} ({claimed[0]})"
+        link = escaping_link(claimed[0], self.root)
+        if link is not None:
+            return f"its {link.name} is a link that leads out of the folder ({claimed[0]})"
         if len(claimed) > 1:
             return "several folders have this name: " + ", ".join(map(str, claimed))
         return None

@@ -31,6 +31,7 @@ from lorikeet.server.openai_bodies import draw_seed
 from lorikeet.server.replies import EventStreamResponse, event, json_reply, started, unless_gone
 from lorikeet.server.state import ServerState
 from lorikeet.server.validation import (
+    ApiToken,
     Body,
     FalseOnly,
     OneOnly,
@@ -47,6 +48,7 @@ from lorikeet.server.validation import (
 from lorikeet.types import SamplingParams, TokenLogprob
 
 Json = dict[str, Any]
+SOURCES = {"hub": "hf", "s3": "s3", "gs": "gs", "az": "az", "https": "https"}  # by `adapter_source`
 PATHS = {"/", "/generate", "/generate_stream", "/info", "/ping"}
 _ERROR_TYPES = {400: "validation", 413: "validation", 422: "validation", 404: "not_found", 409: "lock_mismatch",
                 401: "authentication", 429: "overloaded", 503: "unavailable"}  # fmt: skip
@@ -60,9 +62,9 @@ def error_body(error: LorikeetError) -> Json:
 
 class Parameters(Body):
     adapter_id: str | None = None
-    adapter_source: Annotated[Any, supported("local", "")] = None
+    adapter_source: Annotated[Any, supported("local", "", *SOURCES)] = None
     merged_adapters: Unsupported = None
-    api_token: Unsupported = None
+    api_token: ApiToken = None
     best_of: OneOnly = None
     temperature: Temperature | None = None
     repetition_penalty: OneOnly = None
@@ -203,7 +205,7 @@ class LoraxCall:
             "x-model-id": self.state.models.base.name,
         }
         if self.model.adapter is not None:
-            headers |= {"x-adapter-id": self.model.name, "x-adapter-source": "local"}
+            headers |= {"x-adapter-id": self.model.name, "x-adapter-source": self.model.source}
         if last is not None:
             total = len(self.job.tokens) + last.completion_tokens
             headers |= {
@@ -223,7 +225,8 @@ async def _call(state: ServerState, body: GenerateBody, *, streams: bool = False
             "'parameters.decoder_input_details' is not supported when streaming, found True",
             param="parameters.decoder_input_details",
         )
-    model = await state.models.get(parameters.adapter_id or None)
+    source = SOURCES.get(parameters.adapter_source)
+    model = await state.models.get(parameters.adapter_id or None, source=source, token=parameters.api_token)
     prompt, tokens = await _prompt(model, body.inputs, bool(parameters.apply_chat_template))
     info = state.info
     if parameters.truncate is not None:

@@ -6,11 +6,13 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lorikeet.adapters.files import Lock, Signature, read_lock
+from lorikeet.adapters.files import Lock, Signature, read_lock, signature_of
+from lorikeet.adapters.references import Credentials, parse
 from lorikeet.engine.link import EngineClient
-from lorikeet.errors import InvalidRequestError, LorikeetError
+from lorikeet.errors import InvalidRequestError, LorikeetError, UnavailableError
 from lorikeet.model.tokenizer import Tokenizer
 from lorikeet.server.catalogue import AdapterFolder, Catalogue, Refusal
+from lorikeet.server.fetcher import Fetcher
 from lorikeet.template import Template
 from lorikeet.types import AdapterInfo
 
@@ -26,6 +28,7 @@ class ServedModel:
     adapter: AdapterInfo | None = None
     lock: Lock | None = None
     prompt_template: Template | None = None
+    source: str = "local"
 
     @property
     def digest(self) -> str | None:
@@ -69,18 +72,40 @@ class _Known:
 class Models:
     """Resolves names. An adapter is validated and compiled on first use, and again when its files change."""
 
-    def __init__(self, base: ServedModel, catalogue: Catalogue, engine: EngineClient) -> None:
+    def __init__(self, base: ServedModel, catalogue: Catalogue, engine: EngineClient, fetcher: Fetcher) -> None:
         self.base = base
         self.catalogue = catalogue
+        self._fetcher = fetcher
         self._engine = engine
         self._known: dict[str, _Known] = {}
         self._looking = asyncio.Lock()  # one look at the disk at a time
 
-    async def get(self, name: str | None) -> ServedModel:
-        """The model of this name, None is the base. Raises 404, 409 or 422 errors that say what is wrong."""
+    async def get(self, name: str | None, *, source: str | None = None, token: str | None = None) -> ServedModel:
+        """The model of this name, None is the base. Raises 404, 409 or 422 errors that say what is wrong.
+
+        A reference such as `hf://org/name`, or `org/name` of the source `hf`, is fetched; `token` is for its source.
+        """
+        if name is not None and (source is not None or "://" in name):
+            return await self._get_remote(name, source, token)
+        if token is not None:
+            raise InvalidRequestError("'api_token' is for adapters that are fetched, such as hf://org/name",
+                                      hint="leave it out", param="api_token")  # fmt: skip
         if name is None or name == self.base.name:
             return self.base
-        found = self.catalogue.peek(name) or await self._look(name)
+        return await self._get_folder(self.catalogue.peek(name) or await self._look(name), name)
+
+    async def _get_remote(self, name: str, source: str | None, token: str | None) -> ServedModel:
+        """Access is checked here, for every request; behind it the adapter is known by its folder, which is content."""
+        reference = parse(name, source)
+        folder = await self._fetcher.folder(reference, Credentials(token))
+        signature = signature_of(folder)
+        if signature is None:
+            raise UnavailableError(f"{reference} was removed from the downloads", hint="try again", retry_after=1.0)
+        model = await self._get_folder(AdapterFolder(str(folder), folder, signature), str(folder))
+        return replace(model, name=name, source=reference.kind)
+
+    async def _get_folder(self, found: AdapterFolder, name: str) -> ServedModel:
+        """The adapter that is known as `name`, as its files are now."""
         known = self._known.get(name)
         if known is None or known.signature != found.signature:
             known = self._known[name] = _Known(found.signature)

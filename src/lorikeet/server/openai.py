@@ -220,7 +220,7 @@ def _check_ids(tokens: list[int], vocab_size: int, param: str) -> None:
 
 
 async def _completion_call(state: ServerState, body: CompletionBody) -> CompletionCall:
-    model = await state.models.get(body.model)
+    model = await state.models.get(body.model, token=body.api_token)
     texts, prompts = await _prompts(model, body.prompt)
     info = state.info
     for tokens in prompts:
@@ -361,7 +361,7 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 
 
 async def _chat_call(state: ServerState, body: ChatBody) -> ChatCall:
-    model = await state.models.get(body.model)
+    model = await state.models.get(body.model, token=body.api_token)
     text = model.chat_prompt([message.plain() for message in body.messages or []])
     tokens = await model.encode(text, add_special_tokens=False)
     info = state.info

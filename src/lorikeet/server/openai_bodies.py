@@ -1,6 +1,7 @@
 """Bodies of the OpenAI routes, and how they become sampling parameters.
 
-Beyond the protocol: `top_k`, `min_p`, `ignore_eos`, `guided_choice` (the answer is exactly one of these strings).
+Beyond the protocol: `top_k`, `min_p`, `ignore_eos`, `guided_choice` (the answer is exactly one of these strings),
+`api_token` (what the source of a `model` such as `hf://org/name` asks for).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pydantic import Field
 from lorikeet.errors import UnsupportedFieldError
 from lorikeet.server.models import ServedModel
 from lorikeet.server.validation import (
+    ApiToken,
     Body,
     Count,
     EmptyListOnly,
@@ -48,6 +50,7 @@ class GenerationBody(Body):
     """What both routes take. Metadata that asks for no effect (`user`) is taken; what would have one is refused."""
 
     model: str | None = None  # absent: the base
+    api_token: ApiToken = None
     max_tokens: MaxTokens | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None

@@ -17,9 +17,10 @@ from rich.table import Table
 from lorikeet.config import ServeConfig
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import ConfigError
-from lorikeet.model.sources import find_model
+from lorikeet.model.sources import cache_folder, find_model
 from lorikeet.server.app import create_app
 from lorikeet.server.catalogue import Catalogue, Refusal
+from lorikeet.server.fetcher import Fetcher
 from lorikeet.server.models import Models, ServedModel, base_model
 from lorikeet.server.state import ServerState
 
@@ -65,7 +66,8 @@ def make_state(config: ServeConfig, engine: EngineClient | None = None) -> Serve
     base = base_model(folder, base_name(config, folder))
     catalogue = Catalogue(None if config.adapters is None else Path(config.adapters), base.name)
     engine = engine or EngineClient(config.engine)
-    return ServerState(config=config, engine=engine, models=Models(base, catalogue, engine))
+    fetcher = Fetcher(config.adapter_sources, cache_folder() / "downloads", config.sources)
+    return ServerState(config=config, engine=engine, models=Models(base, catalogue, engine, fetcher))
 
 
 def base_name(config: ServeConfig, folder: Path) -> str:

@@ -105,7 +105,8 @@ def _one(detail: ErrorDetails) -> str:
     if not path:
         return f"the body must be a JSON object, found {type(detail['input']).__name__}"
     said = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"'{path}' {said[:1].lower()}{said[1:]}, found {shown(detail['input'])}"
+    found = "a value that is not repeated here" if path.endswith("api_token") else shown(detail["input"])
+    return f"'{path}' {said[:1].lower()}{said[1:]}, found {found}"
 
 
 def _path(detail: ErrorDetails) -> str:
@@ -185,6 +186,7 @@ EmptyObjectOnly = Annotated[Any, supported({})]
 EmptyTextOnly = Annotated[Any, supported("")]
 TextFormatOnly = Annotated[Any, supported({"type": "text"})]
 
+ApiToken = Annotated[str | None, Field(repr=False, min_length=1, max_length=4096)]
 Prompt = Annotated[Any, _checked(_check_prompt)]
 Stop = Annotated[Any, _checked(_check_stop)]
 GuidedChoice = Annotated[Any, _checked(_check_choices)]
