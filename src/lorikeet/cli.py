@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -225,6 +227,121 @@ def pretrain(
     from lorikeet.train.pretrain import run_pretrain
 
     run_pretrain(recipe, resume=resume, until=until, minutes=minutes, decay=decay, export=export)
+
+
+adapters_app = typer.Typer(
+    help="Merge adapters into one, or fuse one into its base.", no_args_is_help=True, rich_markup_mode="rich"
+)
+app.add_typer(adapters_app, name="adapters")
+
+
+@adapters_app.command(
+    name="merge",
+    epilog="[bold]Examples[/]\n\n"
+    "lorikeet adapters merge runs/a runs/b --weights 0.7,0.3 --output runs/ab\n\n"
+    "lorikeet adapters merge runs/a runs/b --weights 1,1 --method ties --density 0.5 --output runs/ties\n\n"
+    "lorikeet adapters merge runs/a runs/b --weights 1,-0.5 --method svd --svd-rank 8 --output runs/a-minus-b",
+)
+def merge_adapters(
+    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders of LoRA adapters; their ranks may differ.")],
+    weights: Annotated[str, typer.Option(help="A number for each adapter, such as 0.7,0.3; negative ones subtract.")],
+    output: Annotated[Path, typer.Option(help="The PEFT folder to write.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="linear | cat | svd | ties | dare_linear | dare_ties | magnitude_prune; the last four also with _svd. "
+            "cat is the exact sum."
+        ),
+    ] = "linear",
+    density: Annotated[float | None, typer.Option(help="Share of the values that pruning methods keep.")] = None,
+    majority_sign_method: Annotated[
+        str | None, typer.Option(help="total | frequency: how the ties methods elect signs. Default: total.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the dare methods' random pruning.", min=0)] = 0,
+    svd_rank: Annotated[int | None, typer.Option(help="Rank of the result of a svd method.", min=1)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Combine LoRA adapters with weights into one LoRA adapter."""
+    from lorikeet.adapters.merge import METHODS, SIGN_METHODS, merge_folders
+    from lorikeet.types import MergeSpec
+
+    try:
+        numbers = tuple(float(number) for number in weights.split(","))
+    except ValueError:
+        expected = "expected numbers such as 0.7,0.3"
+        raise ConfigError(f"--weights: found {weights!r}; {expected}", param="--weights") from None
+    sign_method = None
+    if majority_sign_method is not None:
+        sign_method = _one_of(majority_sign_method, "--majority-sign-method", *SIGN_METHODS)
+    spec = MergeSpec(
+        adapters=tuple(str(folder) for folder in adapters),
+        weights=numbers,
+        method=_one_of(method, "--method", *METHODS),
+        density=density,
+        majority_sign_method=sign_method,
+        seed=seed,
+        svd_rank=svd_rank,
+    )
+    with _progress("merging") as report:
+        merged = merge_folders(spec, adapters, output, force=force, report=report)
+    ranks = [len(a) for a, _ in merged.pairs.values()]
+    typer.echo(f"{output}: {len(ranks)} modules, rank {min(ranks)} to {max(ranks)}")
+
+
+@adapters_app.command(
+    name="fuse",
+    epilog="[bold]Examples[/]\n\n"
+    "lorikeet adapters fuse ./Qwen2.5-0.5B-Instruct runs/support --output ./qwen-support\n\n"
+    "lorikeet adapters fuse lorikeet-nano runs/demo/intent --output ./nano-intent --dtype float32",
+)
+def fuse_adapter(
+    base: Annotated[str, typer.Argument(help="Folder or hub id of the base; lorikeet-nano is the embedded one.")],
+    adapter: Annotated[Path, typer.Argument(help="PEFT folder of the adapter.")],
+    output: Annotated[Path, typer.Option(help="The model folder to write.")],
+    dtype: Annotated[str, typer.Option(help="auto (the base's own) | float32 | bfloat16 | float16")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
+    allow_lock_mismatch: Annotated[
+        bool, typer.Option("--allow-lock-mismatch", help="Fuse an adapter made for another base or tokenizer.")
+    ] = False,
+) -> None:
+    """Write base + adapter as a plain Hugging Face checkpoint, which needs no adapter any more."""
+    from lorikeet.adapters.fuse import BaseModel, fuse
+    from lorikeet.model.families import load_spec, read_json
+    from lorikeet.model.sources import checkpoint_files, find_model, identify
+
+    wanted = _one_of(dtype, "--dtype", "auto", "float32", "bfloat16", "float16")
+    folder = find_model(base)
+    model = BaseModel(
+        folder=folder,
+        files=checkpoint_files(folder),
+        config=read_json(folder / "config.json"),
+        spec=load_spec(folder, handled=("quantization_config",)),
+        identity=lambda: identify(folder),
+    )
+    with _progress("fusing") as report:
+        lock = fuse(
+            model,
+            adapter,
+            output,
+            dtype=None if wanted == "auto" else wanted,
+            force=force,
+            allow_lock_mismatch=allow_lock_mismatch,
+            report=report,
+        )
+    typer.echo(f"{output}: {folder.name} with {adapter.name}")
+    if lock is not None and lock.template is not None and lock.template.kind == "prompt":
+        typer.echo(f"a checkpoint has no place for the adapter's prompt template; it is: {lock.template.text!r}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal; call what it yields with (done, in all)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @app.command(

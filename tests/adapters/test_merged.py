@@ -43,8 +43,12 @@ def spec(checkpoint: Callable[..., Path], tmp_path: Path) -> MergeSpec:
     return MergeSpec(adapters=tuple(folders), weights=(0.5, 1.5), method="dare_ties", density=0.5)
 
 
+def digests(spec: MergeSpec) -> tuple[str, ...]:
+    return tuple(read_source(Path(folder)).digest for folder in spec.adapters)
+
+
 def done(spec: MergeSpec, settings: LoaderSettings) -> AdapterInfo:
-    resolved = compile_one(Merge(1, spec), settings)
+    resolved = compile_one(Merge(1, spec, digests(spec)), settings)
     assert resolved.adapter is not None, resolved.error
     return resolved.adapter
 
@@ -93,16 +97,20 @@ def test_what_is_left_over_is_swept(spec: MergeSpec, settings: LoaderSettings, c
 
 
 def test_what_is_wrong_is_the_answer(spec: MergeSpec, settings: LoaderSettings, cache: Path) -> None:
-    resolved = compile_one(Merge(7, msgspec.structs.replace(spec, density=None)), settings)
+    contents = digests(spec)
+    resolved = compile_one(Merge(7, msgspec.structs.replace(spec, density=None), contents), settings)
     assert resolved.job == 7 and resolved.error is not None
     assert resolved.error.status == 400 and resolved.error.param == "density"
     lock = Lock(base=LockedBase("other", "0" * 64), tokenizer_sha256="c" * 64, stop_ids=(1,))
     write_lock(Path(spec.adapters[1]), lock)
-    resolved = compile_one(Merge(8, spec), settings)
+    resolved = compile_one(Merge(8, spec, contents), settings)
     assert resolved.error is not None and resolved.error.status == 409
     lax = msgspec.structs.replace(settings, allow_lock_mismatch=True)
     done(spec, lax)
+    resolved = compile_one(Merge(9, spec, contents[::-1]), lax)
+    assert resolved.error is not None and resolved.error.retryable
+    assert "a was replaced while it was to be merged" in resolved.error.message
     shutil.rmtree(spec.adapters[0])
-    resolved = compile_one(Merge(9, spec), lax)
+    resolved = compile_one(Merge(9, spec, contents), lax)
     assert resolved.error is not None and resolved.error.status == 422
     assert not [name for name in os.listdir(cache) if name.startswith("merging-")]

@@ -10,14 +10,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from lorikeet.adapters.compiled import Dtype, compiled_name, open_compiled
 from lorikeet.adapters.files import check_lock, read_lock, write_peft
 from lorikeet.adapters.merge import check_spec, merge, merge_key, read_source
-from lorikeet.errors import AdapterError
+from lorikeet.errors import AdapterError, UnavailableError
 from lorikeet.types import AdapterInfo, BaseIdentity, MergeSpec
 
 SUFFIX = ".merged"
@@ -27,6 +27,7 @@ _ABANDONED = 3600.0  # seconds after which a folder that a merge works in belong
 
 def compile_merged(
     spec: MergeSpec,
+    digests: Sequence[str],
     base: BaseIdentity,
     dtype: Dtype,
     cache: Path,
@@ -35,7 +36,8 @@ def compile_merged(
 ) -> AdapterInfo:
     """Merge the PEFT directories that `spec.adapters` names and compile the result with `compile_folder`.
 
-    Raises what `merge` and `compile_folder` raise, and LockMismatchError for an adapter of another base.
+    `digests` are the contents asked for. Raises what `merge` and `compile_folder` raise, LockMismatchError for
+    an adapter of another base, UnavailableError for one that was replaced in the meantime.
     """
     check_spec(spec)
     folders = [Path(folder) for folder in spec.adapters]
@@ -43,7 +45,10 @@ def compile_merged(
         if lock is not None and not allow_lock_mismatch:
             check_lock(lock, base)
     sources = [read_source(folder) for folder in folders]
-    key = merge_key(spec, [source.digest for source in sources])
+    for source, digest in zip(sources, digests, strict=True):
+        if source.digest != digest:
+            raise UnavailableError(f"{source.name} was replaced while it was to be merged", hint="try again shortly")
+    key = merge_key(spec, digests)
     note = cache / f"{compiled_name(key, base, dtype)}{SUFFIX}"
     with suppress(OSError, AdapterError):  # no such merge yet, or its compiled file was trimmed or damaged
         path = cache / note.read_text("ascii")

@@ -48,6 +48,7 @@ from lorikeet.types import AdapterInfo, EngineStats, ErrorInfo, Event, MergeSpec
 __all__ = ["EngineClient", "EngineInfo", "EventStream"]
 
 log = logging.getLogger("lorikeet.link")
+ResolveKey = str | tuple[MergeSpec, tuple[str, ...]]  # a folder, or a merge of folders and their contents
 
 RETRY_AFTER = 3.0  # seconds a client is told to wait for a restarted engine
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds before a restart, doubled after each engine that did not live long
@@ -106,7 +107,7 @@ class EngineClient:
         self._idle = asyncio.Event()
         self._idle.set()
         self._held: dict[str, AdapterInfo] = {}  # by digest; told again to a restarted engine
-        self._resolving: dict[str | MergeSpec, asyncio.Future[AdapterInfo]] = {}
+        self._resolving: dict[ResolveKey, asyncio.Future[AdapterInfo]] = {}
         self._jobs: dict[int, asyncio.Future[Any]] = {}
         self._next_job = 0
         self._ready = False
@@ -197,11 +198,14 @@ class EngineClient:
         """
         return await self._resolve(str(folder), lambda job: Resolve(job, str(folder)))
 
-    async def merge(self, spec: MergeSpec) -> AdapterInfo:
-        """The same for what becomes of several adapters, `spec.adapters` being their folders."""
-        return await self._resolve(spec, lambda job: Merge(job, spec))
+    async def merge(self, spec: MergeSpec, digests: tuple[str, ...]) -> AdapterInfo:
+        """The same for what becomes of several adapters: `spec.adapters` are their folders, `digests` their contents.
 
-    async def _resolve(self, key: str | MergeSpec, message: Callable[[int], ToEngine]) -> AdapterInfo:
+        Raises UnavailableError where a folder holds something else by now.
+        """
+        return await self._resolve((spec, digests), lambda job: Merge(job, spec, digests))
+
+    async def _resolve(self, key: ResolveKey, message: Callable[[int], ToEngine]) -> AdapterInfo:
         future = self._resolving.get(key)
         if future is None:
             self._require_engine()
@@ -211,7 +215,7 @@ class EngineClient:
             self._send(message(job))
         return await asyncio.shield(future)
 
-    def _resolved(self, key: str | MergeSpec, future: asyncio.Future[AdapterInfo]) -> None:
+    def _resolved(self, key: ResolveKey, future: asyncio.Future[AdapterInfo]) -> None:
         del self._resolving[key]
         if not future.cancelled() and future.exception() is None:
             adapter = future.result()

@@ -192,7 +192,7 @@ def compile_one(job: Compile | Merge, settings: LoaderSettings) -> Resolved:
             adapter = compile_folder(Path(job.folder))
         else:
             cache, lax = Path(settings.cache), settings.allow_lock_mismatch
-            adapter = compile_merged(job.spec, settings.base, settings.dtype, cache, compile_folder, lax)
+            adapter = compile_merged(job.spec, job.digests, settings.base, settings.dtype, cache, compile_folder, lax)
         if settings.disk is not None:
             trim(Path(settings.cache), settings.disk, keep=Path(adapter.path))
     except LorikeetError as error:

@@ -54,10 +54,14 @@ class Resolve(Message, frozen=True):
 
 
 class Merge(Message, frozen=True):
-    """Merge the adapters in the folders that `spec` names, compile the result, and make it known to the engine."""
+    """Merge the adapters in the folders that `spec` names, compile the result, and make it known to the engine.
+
+    `digests` are the contents that the folders are expected to have.
+    """
 
     job: int
     spec: MergeSpec
+    digests: tuple[str, ...]
 
 
 class Register(Message, frozen=True):
