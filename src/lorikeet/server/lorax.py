@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -38,14 +38,13 @@ from lorikeet.server.validation import (
     Stop,
     Temperature,
     TextFormatOnly,
-    Unsupported,
     ZeroOnly,
     parse,
     read_body,
     stops,
     supported,
 )
-from lorikeet.types import SamplingParams, TokenLogprob
+from lorikeet.types import MergeSpec, SamplingParams, TokenLogprob
 
 Json = dict[str, Any]
 SOURCES = {"hub": "hf", "s3": "s3", "gs": "gs", "az": "az", "https": "https"}  # by `adapter_source`
@@ -60,10 +59,18 @@ def error_body(error: LorikeetError) -> Json:
     return {"error": str(error), "error_type": kind, "retryable": error.retryable}
 
 
+class MergedAdapters(Body):
+    ids: Annotated[list[str], Field(min_length=1, max_length=32)]
+    weights: list[float]
+    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None
+    density: Annotated[float, Field(ge=0, le=1)] | None = None
+    majority_sign_method: Literal["total", "frequency"] | None = None
+
+
 class Parameters(Body):
     adapter_id: str | None = None
     adapter_source: Annotated[Any, supported("local", "", *SOURCES)] = None
-    merged_adapters: Unsupported = None
+    merged_adapters: MergedAdapters | None = None
     api_token: ApiToken = None
     best_of: OneOnly = None
     temperature: Temperature | None = None
@@ -225,8 +232,7 @@ async def _call(state: ServerState, body: GenerateBody, *, streams: bool = False
             "'parameters.decoder_input_details' is not supported when streaming, found True",
             param="parameters.decoder_input_details",
         )
-    source = SOURCES.get(parameters.adapter_source)
-    model = await state.models.get(parameters.adapter_id or None, source=source, token=parameters.api_token)
+    model = await _model(state, parameters)
     prompt, tokens = await _prompt(model, body.inputs, bool(parameters.apply_chat_template))
     info = state.info
     if parameters.truncate is not None:
@@ -240,6 +246,39 @@ async def _call(state: ServerState, body: GenerateBody, *, streams: bool = False
         stop=stops(parameters.stop),
     )
     return LoraxCall(state, model, prompt, parameters, job)
+
+
+async def _model(state: ServerState, parameters: Parameters) -> ServedModel:
+    source, token = SOURCES.get(parameters.adapter_source), parameters.api_token
+    merged = parameters.merged_adapters
+    if merged is None:
+        return await state.models.get(parameters.adapter_id or None, source=source, token=token)
+    if parameters.adapter_id:
+        raise UnsupportedFieldError(
+            f"'parameters.adapter_id': expected null with merged_adapters, found {parameters.adapter_id!r}",
+            param="parameters.adapter_id",
+            code="invalid_value",
+        )
+    method = merged.merge_strategy or "linear"
+    if len(merged.weights) != len(merged.ids):
+        raise _merge_error(f"expected one for each of {len(merged.ids)} ids", len(merged.weights), "weights")
+    if method != "linear" and not merged.density:
+        raise _merge_error(f"expected a number above 0 with {method}", merged.density, "density")
+    if "ties" not in method and merged.majority_sign_method is not None:
+        raise _merge_error(f"expected null with {method}", merged.majority_sign_method, "majority_sign_method")
+    spec = MergeSpec(
+        adapters=tuple(merged.ids),
+        weights=tuple(merged.weights),
+        method=method,
+        density=None if method == "linear" else merged.density,  # the protocol's client always sends one
+        majority_sign_method=merged.majority_sign_method,
+    )
+    return await state.models.merged(spec, source=source, token=token)
+
+
+def _merge_error(expected: str, found: object, field: str) -> UnsupportedFieldError:
+    path = f"parameters.merged_adapters.{field}"
+    return UnsupportedFieldError(f"'{path}': {expected}, found {found!r}", param=path, code="invalid_value")
 
 
 async def _prompt(model: ServedModel, inputs: str | dict[str, Any], chat: bool) -> tuple[str, list[int]]:

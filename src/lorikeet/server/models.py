@@ -6,7 +6,9 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lorikeet.adapters.files import Lock, Signature, read_lock, signature_of
+import msgspec
+
+from lorikeet.adapters.files import Lock, LockedTemplate, Signature, read_lock, signature_of
 from lorikeet.adapters.references import Credentials, parse
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import InvalidRequestError, LorikeetError, UnavailableError
@@ -14,9 +16,10 @@ from lorikeet.model.tokenizer import Tokenizer
 from lorikeet.server.catalogue import AdapterFolder, Catalogue, Refusal
 from lorikeet.server.fetcher import Fetcher
 from lorikeet.template import Template
-from lorikeet.types import AdapterInfo
+from lorikeet.types import AdapterInfo, MergeSpec
 
 LONG_TEXT = 20_000  # characters from which on tokenising goes to a thread, so that it holds nobody up
+MERGES = 1024  # merged adapters that are remembered by what they are made of
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ServedModel:
     lock: Lock | None = None
     prompt_template: Template | None = None
     source: str = "local"
+    folder: Path | None = None  # where an adapter's files are
 
     @property
     def digest(self) -> str | None:
@@ -78,6 +82,7 @@ class Models:
         self._fetcher = fetcher
         self._engine = engine
         self._known: dict[str, _Known] = {}
+        self._merges: dict[MergeSpec, AdapterInfo] = {}  # by specs that name adapters by content
         self._looking = asyncio.Lock()  # one look at the disk at a time
 
     async def get(self, name: str | None, *, source: str | None = None, token: str | None = None) -> ServedModel:
@@ -117,6 +122,32 @@ class Models:
         async with known.checking:
             return await self._resolve(found, known)
 
+    async def merged(self, spec: MergeSpec, *, source: str | None = None, token: str | None = None) -> ServedModel:
+        """What becomes of the adapters that `spec` names, each of which must be one that `get` gives.
+
+        The template is theirs where all have the same. Raises as `get`, and for what cannot be merged.
+        """
+        parts = [await self.get(name, source=source, token=token) for name in spec.adapters]
+        for part in parts:
+            if part.folder is None:
+                raise InvalidRequestError(
+                    f"{part.name!r} is the base, and only adapters can be merged", param="merged_adapters.ids"
+                )
+        digests = tuple(str(part.digest) for part in parts)
+        contents = msgspec.structs.replace(spec, adapters=digests)
+        adapter = self._merges.pop(contents, None)
+        if adapter is None or not self._engine.holds(adapter):
+            folders = msgspec.structs.replace(spec, adapters=tuple(str(part.folder) for part in parts))
+            adapter = await self._engine.merge(folders, digests)
+        self._merges[contents] = adapter  # at the end: the first is the one that was asked for longest ago
+        while len(self._merges) > MERGES:
+            del self._merges[next(iter(self._merges))]
+        first = parts[0]
+        if any(_template_of(part) != _template_of(first) for part in parts):
+            lock = None if first.lock is None else msgspec.structs.replace(first.lock, template=None)
+            first = replace(first, lock=lock, prompt_template=None)
+        return replace(first, name="+".join(part.name for part in parts), adapter=adapter, folder=None)
+
     async def _look(self, name: str) -> AdapterFolder:
         async with self._looking:
             return await asyncio.to_thread(self.catalogue.find, name)
@@ -152,7 +183,11 @@ class Models:
         template = None
         if lock is not None and lock.template is not None and lock.template.kind == "prompt":
             template = Template(lock.template.text, where=f"{found.name}'s prompt template")
-        return replace(self.base, name=found.name, lock=lock, prompt_template=template)
+        return replace(self.base, name=found.name, lock=lock, prompt_template=template, folder=found.folder)
+
+
+def _template_of(model: ServedModel) -> LockedTemplate | None:
+    return None if model.lock is None else model.lock.template
 
 
 def base_model(folder: Path, name: str) -> ServedModel:
