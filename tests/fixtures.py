@@ -208,22 +208,34 @@ def next_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def make_slab(paths: list[Path], spec: Any) -> Any:
     """A reference `Slab` of compiled adapter files: handle i is `paths[i]`, one after the other in one buffer."""
     from lorikeet.adapters.compiled import open_compiled
-    from lorikeet.kernels.batch import Slab
+    from lorikeet.kernels.batch import Slab, SlabOverride
 
     table = torch.zeros(len(paths), len(spec.sites), 5, dtype=torch.int64)
     scale = torch.zeros(len(paths), len(spec.sites))
     vectors = torch.full((len(paths), len(spec.sites), 2), -1)
-    parts, at = [], 0
+    parts, at, overrides = [], 0, {}
     for handle, path in enumerate(paths):
         compiled = open_compiled(path)
         for e in compiled.header.entries:
             table[handle, e.site] = torch.tensor([at + e.a, at + e.b, e.stride_a, e.stride_b, e.rank])
             scale[handle, e.site] = e.scale
             vectors[handle, e.site] = torch.tensor([-1 if place < 0 else at + place for place in (e.gain, e.shift)])
+        overrides[handle] = [
+            SlabOverride(
+                o.role,
+                o.layer,
+                at + o.at,
+                o.rows,
+                o.width,
+                o.stride,
+                None if o.index is None else torch.tensor(o.index),
+            )
+            for o in compiled.header.overrides
+        ]
         part = torch.from_numpy(compiled.data.copy())
         parts.append(part.view(torch.bfloat16) if compiled.header.dtype == "bfloat16" else part)
         at += part.numel()
-    return Slab(torch.cat(parts), table, scale, vectors)
+    return Slab(torch.cat(parts), table, scale, vectors, overrides)
 
 
 def make_batch(rows: list[torch.Tensor], adapters: list[int | None]) -> Any:
@@ -254,6 +266,7 @@ def make_batch(rows: list[torch.Tensor], adapters: list[int | None]) -> Any:
         max_kv=int(lengths.max()),
         token_segments=segments,
         scaled=True,
+        overridden=True,
     )
 
 

@@ -41,6 +41,19 @@ def config_of(kind: str) -> Any:
         "ia3, up and down": lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["o_proj", "up_proj", "down_proj"],
                                               feedforward_modules=["down_proj"]),
         "vera": lambda: VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "down_proj", "k_proj"]),
+        "modules_to_save": lambda: lora(target_modules=["q_proj"],
+                                        modules_to_save=["lm_head", "embed_tokens", "input_layernorm", "model.norm"]),
+        "head saved": lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        "embedding saved": lambda: lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        "embedding": lambda: lora(target_modules=["v_proj", "embed_tokens"]),
+        "head": lambda: lora(target_modules=["v_proj", "lm_head"]),
+        "dora on the head": lambda: lora(target_modules=["v_proj", "lm_head"], use_dora=True),
+        "both tied": lambda: lora(target_modules=["v_proj", "embed_tokens"], ensure_weight_tying=True),
+        "saved and tied": lambda: lora(target_modules=["v_proj"], modules_to_save=["embed_tokens"],
+                                       ensure_weight_tying=True),
+        "token rows": lambda: lora(target_modules=["q_proj"], trainable_token_indices=[7, 9, 200]),
+        "rows of both": lambda: lora(target_modules=["q_proj"],
+                                     trainable_token_indices={"embed_tokens": [7, 300], "lm_head": [8, 9, 11]}),
         "lora": lora,
     }[kind]()  # fmt: skip
 
@@ -68,11 +81,27 @@ def make(kind: str, base: Path, folder: Path, seed: int) -> Path:
             if "magnitude" in name or "ia3" in name:
                 parameter.mul_(1 + 0.4 * torch.randn_like(parameter))
             else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+                table = "embed" in name or "lm_head" in name
+                if table and "lora" in name:  # peft draws them as large as one
+                    parameter.mul_(0.2)
+                parameter.add_((0.05 if table else 0.2) * torch.randn_like(parameter))
         moved = (next_logprobs(adapted(tokens).logits, tokens) - before).abs().mean()
         assert moved >= 0.1, f"the adapter moves the mean logprob by {moved:.3f} only"
     adapted.save_pretrained(str(folder))
     return folder
+
+
+UNTIED = [
+    "modules_to_save",
+    "head saved",
+    "embedding",
+    "head",
+    "dora on the head",
+    "token rows",
+    "rows of both",
+    "lora",
+]
+TIED = ["embedding saved", "head saved", "embedding", "head", "both tied", "saved and tied", "token rows", "lora"]
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # of merging, which is not done here
@@ -81,8 +110,19 @@ def make(kind: str, base: Path, folder: Path, seed: int) -> Path:
 def test_kinds_in_a_mixed_batch_are_pefts(
     family: str, checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
 ) -> None:
-    base = checkpoint(family)
     kinds = KINDS if family == "qwen2" else ["dora", "lora_bias", "ia3", "vera", "lora"]
+    check(kinds, checkpoint(family), tmp_path, cache)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's: of what it saves, and of tied weights
+@pytest.mark.parametrize(("family", "kinds"), [("llama", UNTIED), ("qwen2", UNTIED), ("llama-tied", TIED)])
+def test_embedding_head_and_norms_in_a_mixed_batch_are_pefts(
+    family: str, kinds: list[str], checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    check(kinds, checkpoint(family), tmp_path, cache)
+
+
+def check(kinds: list[str], base: Path, tmp_path: Path, cache: Path) -> None:
     folders = [make(kind, base, tmp_path / str(i), i) for i, kind in enumerate(kinds)]
     chosen: list[int | None] = [*range(len(folders)), None, 0]
     rows = [sample_tokens(1, 20 + i, 100 + i)[0] for i in range(len(chosen))]
@@ -147,7 +187,8 @@ def test_fused_names_are_their_parts(checkpoint: Callable[..., Path], tmp_path: 
         ({"peft_type": "PREFIX_TUNING"}, "peft_type: .* found 'PREFIX_TUNING'"),
         ({"bias": "some"}, "bias: expected 'none', 'all' or 'lora_only', found 'some'"),
         ({"alora_invocation_tokens": ["a"]}, "alora_invocation_tokens: expected a list of token ids"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: expected"),
+        ({"modules_to_save": [3]}, "modules_to_save: expected a list of module names"),
+        ({"trainable_token_indices": [3, 3]}, "trainable_token_indices: expected each token id once"),
     ],
 )
 def test_what_has_no_normal_form_is_refused_by_name(

@@ -120,7 +120,13 @@ Q1 = "model.layers.1.self_attn.q_proj"
         ({("", "shared_A"): (2, 64)}, "base_model.vera_A|this base"),
         ({("model.layers.9.self_attn.q_proj", "A"): (2, 64)}, r"layers\.9\.self_attn\.q_proj: this base .* 3 layers"),
         ({("model.layers.1.mlp.router", "A"): (2, 64)}, r"router: this base .* has no such module"),
-        ({("lm_head", "A"): (2, 64)}, r"lm_head: adapters of embedding and head are not supported"),
+        ({("lm_head", "A"): (2, 64)}, r"lm_head: not among the modules"),
+        ({("model.embed_tokens", "embedding_A"): (2, 320)}, r"model\.embed_tokens: not among the modules"),
+        ({("lm_head", "weight"): (328, 64)}, r"lm_head\.weight: expected \[320, 64\], found \[328, 64\]"),
+        ({("lm_head", "rows"): (3, 64)}, r"lm_head\.token_adapter\.trainable_tokens_delta: .* says nothing of it"),
+        ({(Q1, "weight"): (64, 64)}, r"q_proj\.weight: only embed_tokens, lm_head and the norms"),
+        ({(f"{Q1}.lora_A.other", "weight"): (2, 64)}, r"lora_A\.other\.weight: only embed_tokens"),
+        ({("model.norm", "weight"): (64,)}, r"model\.norm\.weight: only embed_tokens"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -136,8 +142,6 @@ def test_what_does_not_fit_is_named(
     ("targets", "message"),
     [
         (("q_proj", "W_pack"), "'W_pack' matches no module"),
-        (("q_proj", "lm_head"), "lm_head: adapters of embedding and head"),
-        (("q_proj", "embed_tokens"), "embed_tokens: adapters of embedding and head"),
         (r".*\.nothing", "matches no module"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 
 from lorikeet.adapters.compiled import CompiledAdapter, lay_out
 from lorikeet.adapters.normal import Entry
+from lorikeet.adapters.overrides import Override
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
 from lorikeet.engine.residency import Residency
@@ -58,7 +59,8 @@ class World:
     adapters: dict[str, CompiledAdapter] = field(default_factory=dict)
 
     def adapter(self, seed: int, rank: int = 3, roles: Iterable[str] = ("q", "v", "o", "gate", "down"),
-                scaled: bool = False, invocation: tuple[int, ...] | None = None) -> AdapterInfo:  # fmt: skip
+                scaled: bool = False, overrides: bool = False,
+                invocation: tuple[int, ...] | None = None) -> AdapterInfo:  # fmt: skip
         """A random adapter, strong enough to change greedy tokens."""
         generator = np.random.default_rng(seed)
         entries = []
@@ -68,10 +70,25 @@ class World:
                 b = generator.normal(0, 0.5, (rank, site.d_out)).astype(np.float32)
                 vectors = generator.normal(1, 0.3, (2, site.d_out)).astype(np.float32) if scaled else (None, None)
                 entries.append(Entry(site, a, b, 0.7, *vectors))
-        digest = hashlib.sha256(f"{seed} {rank} {scaled} {invocation}".encode()).hexdigest()
-        header, data = lay_out(entries, digest, self.base, "float32", invocation=invocation)
+        digest = hashlib.sha256(f"{seed} {rank} {scaled} {overrides} {invocation}".encode()).hexdigest()
+        own = self._overrides(generator) if overrides else []
+        header, data = lay_out(entries, digest, self.base, "float32", invocation=invocation, overrides=own)
         self.adapters[digest] = CompiledAdapter(header, data)
         return header.info(Path(digest))
+
+    def _overrides(self, generator: np.random.Generator) -> list[Override]:
+        """Some rows of the embedding, a head and two norms."""
+        hidden, vocabulary = self.spec.hidden_size, self.spec.vocab_size
+
+        def random(*shape: int) -> np.ndarray:
+            return generator.normal(0, 1, shape).astype(np.float32)
+
+        return [
+            Override("embed", None, random(3, hidden), (2, 5, 40)),
+            Override("head", None, random(vocabulary, hidden)),
+            Override("mlp_norm", 1, 1 + random(1, hidden) / 4),
+            Override("norm", None, 1 + random(1, hidden) / 4),
+        ]
 
     def engine(
         self,
@@ -121,6 +138,7 @@ class World:
             max_kv=count,
             token_segments=segments,
             scaled=True,
+            overridden=True,
         )
         with torch.inference_mode():
             return forward(self.spec, self.weights, batch, ReferenceOps(), slab)

@@ -83,3 +83,16 @@ def test_gains_and_shifts_beside_plain_pairs(world, ops) -> None:  # type: ignor
     answers = world.run(engine, [*requests, world.request("base", world.prompt(1, 12))])
     for name, prompt in prompts.items():
         assert answers[name].tokens == world.greedy(prompt, 5, infos[int(name[0])].digest), name
+
+
+@pytest.mark.parametrize("ops", [ReferenceOps, CpuOps])
+def test_tables_and_norms_of_their_own_move_with_the_adapter(world, ops) -> None:  # type: ignore[no-untyped-def]
+    """Adapters with parts in place of the base's, through evictions and compaction, beside plain ones."""
+    infos = [world.adapter(seed, rank=2 + seed % 3, overrides=seed % 2 == 0) for seed in range(6)]
+    engine = world.engine(infos, ops=ops(), slab_bytes=3 * max(info.nbytes for info in infos))
+    prompts = {f"{i}-{turn}": world.prompt(10 + i + turn, 12) for turn in range(2) for i in range(6)}
+    requests = [world.request(name, p, infos[int(name[0])].digest, max_tokens=5) for name, p in prompts.items()]
+    answers = world.run(engine, [*requests, world.request("base", world.prompt(1, 12), max_tokens=5)])
+    for name, prompt in prompts.items():
+        assert answers[name].tokens == world.greedy(prompt, 5, infos[int(name[0])].digest), name
+    assert answers["base"].tokens == world.greedy(world.prompt(1, 12), 5)

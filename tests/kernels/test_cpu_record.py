@@ -74,6 +74,8 @@ def make_step(
     ranks = [[(site.index * 7 + handle) % 5 for site in sites] for handle in range(4)]
     group = SiteGroup(sites, tuple(0 for _ in sites))
     slab = make_slab(ranks, group, adapter_dtype, generator)
+    add_vectors(slab, spec, generator)
+    batch.scaled = seed % 2 == 0
     if adapters:
         counts = [new for new, _ in sequences][-len(adapters) :]
         batch.token_segments = make_segments(counts, total, True, generator)
@@ -82,6 +84,22 @@ def make_step(
         batch.logit_segments.rows += len(wanted) - len(adapters)
         batch.token_segments.adapter = batch.logit_segments.adapter = sorted(adapters)
     return batch, slab, caches
+
+
+def add_vectors(slab: Slab, spec: ModelSpec, generator: torch.Generator) -> None:
+    """Gains and shifts at some sites of some adapters, behind the pairs."""
+    width = 4 // slab.data.itemsize
+    slab.vectors = torch.full((4, slab.table.shape[1], 2), -1)
+    parts, at = [slab.data, slab.data.new_zeros(-slab.data.numel() % 32)], -(-slab.data.numel() // 32) * 32
+    for handle in range(1, 4):
+        for site in spec.sites[handle :: handle + 1]:
+            for kind in range(2):
+                if site.layer is not None and (site.index + handle + kind) % 3:
+                    vector = 1 + torch.randn(-(-site.d_out // 16) * 16, generator=generator) / 4
+                    slab.vectors[handle, site.index, kind] = at
+                    parts.append(vector.view(slab.data.dtype))
+                    at += width * len(vector)
+    slab.data = torch.cat(parts)
 
 
 def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from lorikeet.adapters.checkpoint import BaseTensors
 from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, LoraConfig, check_lock, read_lock
 from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
+from lorikeet.adapters.overrides import Override, compile_overrides
 from lorikeet.errors import AdapterError
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, BaseIdentity
@@ -54,6 +55,19 @@ class CompiledEntry(msgspec.Struct, frozen=True, array_like=True):
     shift: int = -1
 
 
+class CompiledOverride(msgspec.Struct, frozen=True, array_like=True):
+    """What stands in place of a part of the base (see `overrides.Override`): `rows` of `width` numbers, the first at
+    element `at`, `stride` elements apart; `index` names the table's rows that they are, None: all."""
+
+    role: str
+    layer: int | None
+    at: int
+    rows: int
+    width: int
+    stride: int
+    index: tuple[int, ...] | None = None
+
+
 class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
     """`nbytes` is the length of the data; `base_sha256` the base whose shapes were checked."""
 
@@ -63,6 +77,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     nbytes: int
     entries: list[CompiledEntry]
+    overrides: list[CompiledOverride] = []
     invocation: tuple[int, ...] | None = None
 
     def info(self, path: Path) -> AdapterInfo:
@@ -70,7 +85,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
             digest=self.digest,
             path=str(path),
             nbytes=self.nbytes,
-            max_rank=max(entry.rank for entry in self.entries),
+            max_rank=max((entry.rank for entry in self.entries), default=0),
             sites=len(self.entries),
             kind=self.kind,
             invocation=self.invocation,
@@ -113,9 +128,11 @@ def compile_adapter(
                 return info
             except AdapterError:
                 path.unlink(missing_ok=True)  # a damaged cache file is made again
-        entries = compile_entries(file.config, tensors, spec, BaseTensors(checkpoint))
-        invocation = file.config.invocation if isinstance(file.config, LoraConfig) else None
-        header, data = lay_out(entries, digest, base, dtype, file.config.kind, invocation)
+        tables, config, overrides, invocation = BaseTensors(checkpoint), file.config, [], None
+        entries = compile_entries(config, tensors, spec, tables)
+        if isinstance(config, LoraConfig):
+            overrides, invocation = compile_overrides(config, tensors, spec, tables), config.invocation
+        header, data = lay_out(entries, digest, base, dtype, config.kind, invocation, overrides)
     _write(path, header, data)
     return header.info(path)
 
@@ -145,6 +162,7 @@ def lay_out(
     dtype: Dtype,
     kind: str = "lora",
     invocation: tuple[int, ...] | None = None,
+    overrides: Sequence[Override] = (),
 ) -> tuple[CompiledHeader, NDArray[Any]]:
     """Place entries layer by layer, rows aligned, values rounded to `dtype` (nearest, ties to even)."""
     storage = np.dtype(_STORAGE[dtype])
@@ -164,7 +182,15 @@ def lay_out(
                 at += 0 if vector is None else -(-4 * entry.site.d_out // ALIGNMENT) * step
             placed.append(CompiledEntry(entry.site.index, a, b, stride_a, stride_b, entry.rank, entry.scale, *vectors))
             a, b = a + entry.rank * stride_a, b + entry.rank * stride_b
+    replaced: list[CompiledOverride] = []
+    for one in overrides:
+        (rows, width), stride = one.values.shape, -(-one.values.shape[1] // step) * step
+        replaced.append(CompiledOverride(one.role, one.layer, at, rows, width, stride, one.index))
+        at += rows * stride
     data = np.zeros(at, storage)
+    for one, there in zip(overrides, replaced, strict=True):
+        rows_of = data[there.at : there.at + there.rows * there.stride].reshape(there.rows, there.stride)
+        rows_of[:, : there.width] = one.values if dtype == "float32" else bfloat16_bits(one.values)
     for entry, place in zip(entries, placed, strict=True):
         for part, start, stride in ((entry.a, place.a, place.stride_a), (entry.b, place.b, place.stride_b)):
             rows = data[start : start + entry.rank * stride].reshape(entry.rank, stride)
@@ -174,7 +200,7 @@ def lay_out(
                 data[start:].view(np.float32)[: len(vector)] = vector
     header = CompiledHeader(
         digest=digest, base_sha256=base.sha256, dtype=dtype, kind=kind, nbytes=data.nbytes, entries=placed,
-        invocation=invocation,
+        invocation=invocation, overrides=replaced,
     )  # fmt: skip
     return header, data
 

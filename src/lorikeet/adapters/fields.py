@@ -28,12 +28,11 @@ _PROVENANCE = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
 )
 _STORED_BY_INPUT = ((False,), "the base's linear layers are stored [out, in]")
-_WHOLE_MODULES: tuple[tuple[Any, ...], str] = (([],), "fully trained modules are not supported")
+_WHOLE_MODULES: tuple[tuple[Any, ...], str] = (([],), "fully trained modules are supported beside LoRA only")
 _LORA_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "arrow_config": ((), "Arrow routing is not supported"),
     "corda_config": ((), "CorDA changes the base weights; convert the adapter to plain LoRA when saving"),
     "eva_config": ((), "remove it if the adapter was initialised with EVA and saved as plain LoRA"),
-    "ensure_weight_tying": ((False,), "adapters of embedding and head are not supported"),
     "fan_in_fan_out": _STORED_BY_INPUT,
     "init_lora_weights": (
         (True, False, "gaussian", "orthogonal"),
@@ -44,10 +43,8 @@ _LORA_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "loftq_config": (({},), "LoftQ changes the base weights; convert the adapter to plain LoRA when saving"),
     "lora_ga_config": ((), "LoRA-GA changes the base weights; convert the adapter to plain LoRA when saving"),
     "megatron_config": ((), "Megatron layers are not supported"),
-    "modules_to_save": _WHOLE_MODULES,
     "monteclora_config": ((), "MonteCLoRA is not supported"),
     "target_parameters": (([],), "adapters of bare parameters are not supported"),
-    "trainable_token_indices": (([], {}), "trained token rows are not supported"),
     "use_bdlora": ((False,), "BD-LoRA is not supported"),
     "use_qalora": ((False,), "QA-LoRA is not supported"),
     "velora_config": ((), "VeLoRA is not supported"),
@@ -56,7 +53,7 @@ KINDS = {
     "LORA": Fields(
         _TARGETS
         | {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "bias"}
-        | {"alora_invocation_tokens"},
+        | {"modules_to_save", "trainable_token_indices", "ensure_weight_tying", "alora_invocation_tokens"},
         _PROVENANCE | {"lora_dropout", "megatron_core", "qalora_group_size"},  # the last only with use_qalora
         _LORA_REFUSED,
     ),

@@ -26,9 +26,11 @@ from lorikeet.types import BaseIdentity
 
 CONFIG, WEIGHTS, LOCK = "adapter_config.json", "adapter_model.safetensors", "lorikeet.json"
 Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what makes an adapter
-# What a stored tensor is of its module. A and B: LoRA. `shared` parts belong to the adapter as a whole.
+# What a stored tensor is of its module. A and B: LoRA. `rows`: trained rows of an embedding or a head. `weight`: what
+# stands in place of the base's. `shared` parts belong to the adapter as a whole.
 Part = Literal[
-    "A", "B", "B.bias", "magnitude", "bias", "ia3", "lambda_b", "lambda_d", "shared_A", "shared_B"
+    "A", "B", "B.bias", "magnitude", "bias", "ia3", "lambda_b", "lambda_d", "shared_A", "shared_B",
+    "embedding_A", "embedding_B", "rows", "weight",
 ]  # fmt: skip
 Array = NDArray[np.float32]
 Number = TypeVar("Number", int, float)
@@ -44,7 +46,11 @@ _SUFFIXES: dict[Part, str] = {
     "ia3": r"ia3_l(?:\.default)?",
     "lambda_b": r"vera_lambda_b(?:\.default)?",
     "lambda_d": r"vera_lambda_d(?:\.default)?",
+    "embedding_A": r"lora_embedding_A(?:\.default)?",
+    "embedding_B": r"lora_embedding_B(?:\.default)?",
+    "rows": r"token_adapter\.trainable_tokens_delta(?:\.default)?",
     "bias": r"(?:base_layer\.)?bias",
+    "weight": r"(?:base_layer\.|modules_to_save\.(?:default\.)?)?weight",
 }
 _KEYS = {part: re.compile(rf"(?:base_model\.model\.)?(?P<module>[^/\\]+?)\.{end}") for part, end in _SUFFIXES.items()}
 _FLOATS = ("F32", "BF16", "F16", "F64")
@@ -89,6 +95,9 @@ class LoraConfig(Targets):
     use_dora: bool = False
     lora_bias: bool = False
     bias: str = "none"  # none | lora_only | all: which of the base's own biases were trained
+    modules_to_save: tuple[str, ...] = ()  # ends of the names of modules that were trained as a whole
+    token_rows: dict[str, tuple[int, ...]] = field(default_factory=dict)  # which rows of these modules were trained
+    ties_weights: bool = False  # on a tied base, what is said of the embedding holds for the head, and the reverse
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence on the adapter acts (aLoRA)
 
     def rank_of(self, module: str) -> int:
@@ -102,12 +111,13 @@ class LoraConfig(Targets):
     @property
     def kind(self) -> str:
         """ "lora" where A, B and their scale are all there is."""
-        special = {"dora": self.use_dora, "alora": self.invocation is not None}
-        return next((name for name, there in special.items() if there), "lora" if self.is_plain else "lora with biases")
+        special = {"dora": self.use_dora, "alora": self.invocation is not None, "lora": self.is_plain}
+        return next((name for name, there in special.items() if there), "lora and more")
 
     @property
     def is_plain(self) -> bool:
-        return not (self.use_dora or self.lora_bias or self.bias != "none" or self.invocation is not None)
+        whole = self.modules_to_save or self.token_rows
+        return not (self.use_dora or self.lora_bias or self.bias != "none" or whole or self.invocation is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +228,9 @@ def stored_name(module: str, part: Part) -> str:
     """How PEFT names it, without what stands in front of every module."""
     shared = next((name for name, one in _SHARED.items() if one == part), None)
     ends = {"A": "lora_A.weight", "B": "lora_B.weight", "B.bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
-            "ia3": "ia3_l", "lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d", "bias": "bias"}  # fmt: skip
+            "ia3": "ia3_l", "lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d", "bias": "bias",
+            "embedding_A": "lora_embedding_A", "embedding_B": "lora_embedding_B", "weight": "weight",
+            "rows": "token_adapter.trainable_tokens_delta"}  # fmt: skip
     return shared or f"{module}.{ends[part]}"
 
 
@@ -240,6 +252,8 @@ def content_hash(config: AdapterConfig, tensors: Mapping[tuple[str, Part], tuple
     digest = hashlib.sha256(config.kind.encode())
     if isinstance(config, LoraConfig) and config.invocation is not None:
         digest.update(msgspec.msgpack.encode(config.invocation))
+    if isinstance(config, LoraConfig) and (config.token_rows or config.ties_weights):
+        digest.update(msgspec.msgpack.encode([sorted(config.token_rows.items()), config.ties_weights]))
     for (module, part), (entry, raw) in sorted(tensors.items(), key=lambda item: item[0]):
         meaning: list[Any] = [module, part, entry.dtype, list(entry.shape)]
         if isinstance(config, LoraConfig):
@@ -287,6 +301,9 @@ def read_config(folder: Path) -> AdapterConfig:
         use_dora=_flag("use_dora", raw.get("use_dora")),
         lora_bias=_flag("lora_bias", raw.get("lora_bias")),
         bias=raw.get("bias") or "none",
+        modules_to_save=tuple(_strings("modules_to_save", raw.get("modules_to_save") or ())),
+        token_rows=_token_rows(raw.get("trainable_token_indices")),
+        ties_weights=_flag("ensure_weight_tying", raw.get("ensure_weight_tying")),
         invocation=_invocation(raw.get("alora_invocation_tokens")),
         **targets,
     )
@@ -315,6 +332,26 @@ def _expression(name: str, value: Any) -> str:
     except (re.error, TypeError, RecursionError, OverflowError) as error:
         raise field_error(CONFIG, name, "a regular expression", value, str(error)) from error
     return str(value)
+
+
+def _strings(name: str, value: Any) -> list[str]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) and one for one in value):
+        raise field_error(CONFIG, name, "a list of module names", value)
+    return sorted(value)
+
+
+def _token_rows(value: Any) -> dict[str, tuple[int, ...]]:
+    """A list is of the embedding's rows."""
+    name = "trainable_token_indices"
+    value = {"embed_tokens": value} if isinstance(value, list) and value else value or {}
+    if not isinstance(value, dict):
+        raise field_error(CONFIG, name, "a list of token ids, or one for each module", value)
+    for rows in value.values():
+        if not isinstance(rows, list) or not all(type(one) is int and one >= 0 for one in rows):
+            raise field_error(CONFIG, name, "a list of token ids", rows)
+        if len(set(rows)) != len(rows):
+            raise field_error(CONFIG, name, "each token id once", rows)
+    return {key: tuple(rows) for key, rows in value.items()}
 
 
 def _invocation(value: Any) -> tuple[int, ...] | None:

@@ -25,8 +25,9 @@ from lorikeet.adapters.files import (
     VeraConfig,
     stored_name,
 )
+from lorikeet.adapters.overrides import check_overrides
 from lorikeet.errors import AdapterError
-from lorikeet.model.names import FUSED, TARGETS, module_names, module_of, sites_of
+from lorikeet.model.names import EMBED, FUSED, HEAD, TARGETS, module_names, module_of, sites_of
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import ROLES, Site
 
@@ -81,10 +82,15 @@ def _lora(
     (1 - g) b. A trained bias b' of the base stands in place of b.
     """
     for module, sites in targeted.items():
-        a, b, scale = tensors[module, "A"], tensors[module, "B"], config.scale_of(module)
+        scale = config.scale_of(module)
+        if sites[0].role == "embed":
+            yield Entry(sites[0], tensors[module, "embedding_A"], tensors[module, "embedding_B"].T, scale)
+            continue
+        a, b = tensors[module, "A"], tensors[module, "B"]
         gain = None
         if config.use_dora:
-            weight = np.concatenate([base.weight(module_of(site)) for site in sites])
+            tied = sites[0].role == "head" and spec.tie_embeddings
+            weight = np.concatenate([base.weight(EMBED if tied else module_of(site)) for site in sites])
             gain = tensors[module, "magnitude"] / row_norms(weight, a, b, scale)
         shift = _bias_shift(tensors.get((module, "bias")), gain, [base.bias(module_of(site)) for site in sites], sites)
         if config.lora_bias:
@@ -180,7 +186,10 @@ def check_adapter(config: AdapterConfig, shapes: Shapes, spec: ModelSpec) -> Tar
     if isinstance(config, VeraConfig):
         for part, side in (("shared_A", 1), ("shared_B", 0)):
             _check_shared(shapes, part, side, config.r, targeted)  # type: ignore[arg-type]
-    for module, part in sorted(shapes.keys() - expected.keys()):
+    beside = shapes.keys() - expected.keys()
+    if isinstance(config, LoraConfig):
+        beside -= check_overrides(config, shapes, spec)
+    for module, part in sorted(beside):
         if part not in ("shared_A", "shared_B") or not isinstance(config, VeraConfig):
             _check_beside(module, part, shapes[module, part], config, targeted, spec)
     for (module, part), shape in expected.items():
@@ -209,6 +218,10 @@ def _shapes(
         yield (module, "lambda_d"), (config.r,)
     else:
         rank = config.rank_of(module)
+        if sites[0].role == "embed":
+            yield (module, "embedding_A"), (rank, d_in)
+            yield (module, "embedding_B"), (d_out, rank)
+            return
         yield (module, "A"), (rank, d_in)
         yield (module, "B"), (d_out, rank)
         if config.lora_bias:
@@ -244,8 +257,6 @@ def _check_beside(
         raise AdapterError(f"{WEIGHTS}: {stored_name(module, part)}: {CONFIG} says nothing of it", param=module)
     if not sites:
         reason = f"this base ({spec.family}, {spec.num_layers} layers) has no such module"
-    elif sites[0].role not in ROLES:
-        reason = "adapters of embedding and head are not supported"
     else:
         reason = f"not among the modules that {CONFIG} targets"
     raise AdapterError(f"{WEIGHTS}: {module}: {reason}", param=module)
@@ -268,13 +279,11 @@ def _targeted(config: AdapterConfig, spec: ModelSpec, present: set[str]) -> Targ
         single = {n: s for n, s in everything.items() if len(s) == 1 and (n in present or s[0] not in covered)}
         everything = single | fused
     everything = dict(sorted(everything.items(), key=lambda item: item[1][0].index))
-    for module, sites in everything.items():
-        if sites[0].role not in ROLES:
-            raise AdapterError(
-                f"{CONFIG}: target_modules names {module}: adapters of embedding and head are not supported",
-                hint=f"supported modules: {', '.join(TARGETS)}",
-                param="target_modules",
-            )
+    if isinstance(config, LoraConfig) and config.ties_weights and spec.tie_embeddings:
+        tables = {name for name in (EMBED, HEAD) if name in present}
+        if tables & everything.keys():
+            everything |= {name: sites_of(name, spec) for name in tables}
+    _check_embedding(config, everything)
     _check_overlap(everything)
     _check_names(config, everything, spec)
     if isinstance(config, Ia3Config):
@@ -299,6 +308,18 @@ def _check_names(config: AdapterConfig, everything: Targeted, spec: ModelSpec) -
             for key in keys:
                 if not any(re.match(rf"(.*\.)?({key})$", module) for module in everything):
                     raise AdapterError(f"{CONFIG}: {field}: {key!r} matches no targeted module", param=field)
+
+
+def _check_embedding(config: AdapterConfig, everything: Targeted) -> None:
+    if EMBED not in everything:
+        return
+    if not isinstance(config, LoraConfig):
+        reason = f"{config.kind} of the embedding has no normal form"
+    elif config.use_dora:
+        reason = "DoRA of the embedding is not supported"
+    else:
+        return
+    raise AdapterError(f"{CONFIG}: target_modules names {EMBED}: {reason}", param="target_modules")
 
 
 def _check_overlap(everything: Targeted) -> None:

@@ -177,7 +177,8 @@ class Runner:
             token_segments=self._segments(handle),
             logit_rows=self._tensor(logit_rows),
             logit_segments=self._segments(handle[logit_rows]),
-            scaled=not self.slab.scaled.isdisjoint(rows.handle.tolist()) if self.slab.scaled else False,
+            scaled=_any_of(rows.handle, self.slab.scaled),
+            overridden=_any_of(rows.handle, self.slab.overriding),
         )
         return batch, np.flatnonzero(rows.samples), scored
 
@@ -239,6 +240,10 @@ class Runner:
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _any_of(handles: Array, some: set[int]) -> bool:
+    return bool(some) and not some.isdisjoint(handles.tolist())
 
 
 def _logit_rows(rows: _Rows, query_start: Array) -> tuple[Array, _Scored]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, open_compiled
+from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, CompiledHeader, open_compiled
 from lorikeet.engine.residency import AdapterMove, Instruction
 from lorikeet.errors import AdapterError, LorikeetError
-from lorikeet.kernels.batch import Slab
+from lorikeet.kernels.batch import Slab, SlabOverride
 from lorikeet.types import AdapterCopy, ErrorInfo
 
 
@@ -34,6 +35,7 @@ class AdapterSlab:
             vectors=torch.full((16, sites, 2), -1, dtype=torch.int64),
         )
         self.scaled: set[int] = set()  # handles with gains or shifts
+        self.overriding: set[int] = set()  # handles that act on embedding or head, or put something in their place
         self._bytes = self.slab.data.view(torch.uint8)
         self._open = open_adapter
 
@@ -52,7 +54,7 @@ class AdapterSlab:
                 self._move(instruction)
             else:
                 self.slab.table[instruction.handle] = 0
-                self.scaled.discard(instruction.handle)
+                self._forget(instruction.handle)
         return failed
 
     def _copy(self, copy: AdapterCopy) -> None:
@@ -71,6 +73,7 @@ class AdapterSlab:
             target.copy_(torch.from_numpy(np.array(source)))
         if copy.start + copy.count == copy.nbytes:
             self._install(copy, header.entries)
+            self._install_overrides(copy, header)
 
     def _install(self, copy: AdapterCopy, entries: Sequence[CompiledEntry]) -> None:
         table, scale, vectors = self.slab.table, self.slab.scale, self.slab.vectors
@@ -90,10 +93,27 @@ class AdapterSlab:
         vectors[copy.handle] = -1
         places = [[-1 if at < 0 else base + at for at in (e.gain, e.shift)] for e in entries]
         vectors[copy.handle, sites] = torch.tensor(places, dtype=torch.int64)
+        self._forget(copy.handle)
         if any(at >= 0 for place in places for at in place):
             self.scaled.add(copy.handle)
-        else:
-            self.scaled.discard(copy.handle)
+
+    def _install_overrides(self, copy: AdapterCopy, header: CompiledHeader) -> None:
+        base = copy.offset // self.slab.data.itemsize
+        last = self.slab.table.shape[1] - 2  # embedding and head stand behind the layers
+        if header.overrides or any(entry.site >= last for entry in header.entries):
+            self.overriding.add(copy.handle)
+        self.slab.overrides[copy.handle] = [
+            SlabOverride(
+                o.role, o.layer, base + o.at, o.rows, o.width, o.stride,
+                None if o.index is None else torch.tensor(o.index, device=self.slab.data.device),
+            )
+            for o in header.overrides
+        ]  # fmt: skip
+
+    def _forget(self, handle: int) -> None:
+        self.scaled.discard(handle)
+        self.overriding.discard(handle)
+        self.slab.overrides.pop(handle, None)
 
     def _move(self, move: AdapterMove) -> None:
         source = self._bytes[move.source : move.source + move.nbytes]
@@ -106,3 +126,5 @@ class AdapterSlab:
             vectors = self.slab.vectors
             assert vectors is not None
             vectors[move.handle] -= distance * (vectors[move.handle] >= 0)
+            moved = [replace(one, at=one.at - distance) for one in self.slab.overrides.get(move.handle, ())]
+            self.slab.overrides[move.handle] = moved

@@ -5,7 +5,7 @@ A training batch and a decode batch differ only in which fields are absent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Batch:
     logit_rows: Tensor | None = None  # [L] int64; None: every row
     logit_segments: Segments | None = None
     scaled: bool = False  # an adapter of the batch has a gain or a shift
+    overridden: bool = False  # one acts on embedding or head, or puts something in place of a part of the base
 
 
 @dataclass(slots=True)
@@ -50,6 +51,20 @@ class LayerCache:
 
     k: Tensor
     v: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SlabOverride:
+    """`rows` of `width` numbers in the slab, the first at element `at`: in place of the rows `index` [rows] of the
+    base's `role` (`embed`, `head`), of all its rows (None), or of a norm's weight."""
+
+    role: str
+    layer: int | None
+    at: int
+    rows: int
+    width: int
+    stride: int
+    index: Tensor | None
 
 
 @dataclass(slots=True)
@@ -64,6 +79,7 @@ class Slab:
     table: Tensor  # [handles, sites, 5] int64, on the CPU side as well as where kernels run
     scale: Tensor  # [handles, sites] fp32
     vectors: Tensor | None = None  # [handles, sites, 2] int64: where gain and shift [d_out] begin, fp32; -1: none
+    overrides: dict[int, list[SlabOverride]] = field(default_factory=dict)  # by handle
 
     def pair(self, handle: int, site: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor, float] | None:
         """Views of (A [r, d_in], B [r, d_out]) and the scale of one entry, or None where there is none."""
@@ -75,6 +91,13 @@ class Slab:
             torch.as_strided(self.data, (rank, d_out), (stride_b, 1), b),
             float(self.scale[handle, site]),
         )
+
+    def override(self, handle: int, role: str, layer: int | None) -> tuple[Tensor, Tensor | None] | None:
+        """A view [rows, width] of what an adapter puts there, and the index of these rows; None: nothing."""
+        for one in self.overrides.get(handle, ()):
+            if (one.role, one.layer) == (role, layer):
+                return torch.as_strided(self.data, (one.rows, one.width), (one.stride, 1), one.at), one.index
+        return None
 
     def gain_and_shift(self, handle: int, site: int, d_out: int) -> tuple[Tensor | None, Tensor | None]:
         """Views of the vectors [d_out] fp32 of one entry, None where it has none."""

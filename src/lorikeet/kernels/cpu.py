@@ -30,14 +30,19 @@ class CpuOps(ReferenceOps):
         self._sites: dict[int, SiteArray] = {}
 
     def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
-        """A recorded program, one launch a step, where there are kernels for all of it; else kernel by kernel."""
+        """A recorded program, one launch a step, where there are kernels for all of it; else kernel by kernel.
+
+        So are the steps in which an adapter acts on embedding, head or norms.
+        """
+        one_by_one = super().prepare(forward, slab, cache, rows)
         if not cache_folder().exists():
             log.info("compiling kernels for this processor, once: about half a minute")
         try:
-            return Program(forward, slab, cache, rows)
+            program = Program(forward, slab, cache, rows)
         except NotRecordable as reason:
             log.info("kernels are launched one by one: programs do not take %s", reason)
-            return super().prepare(forward, slab, cache, rows)
+            return one_by_one
+        return lambda batch: (one_by_one if batch.overridden else program)(batch)
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         """A plain head is read as it lies. A packed fp32 product is unrounded already; oneDNN's bf16 is unpacked."""

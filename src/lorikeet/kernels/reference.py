@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
-from lorikeet.kernels.weight import Weight
-from lorikeet.types import SiteGroup
+from lorikeet.kernels.weight import DenseWeight, Weight
+from lorikeet.types import Site, SiteGroup
 
 Forward = Callable[[Batch, Any, Any, Sequence[LayerCache]], Tensor]  # batch, kernels, adapters, cache -> logits
 Step = Callable[[Batch], Tensor]
@@ -65,6 +65,50 @@ class ReferenceOps:
                 if shift is not None:
                     y[rows, columns] = (y[rows, columns].to(wide) + shift).to(y.dtype)
         return y
+
+    def adapt_embedding(self, x: Tensor, tokens: Tensor, slab: Slab, site: Site, segments: Segments) -> Tensor:
+        """Rows of the adapters' own tables in place of the base's, then s B A of the token: x [T, hidden]."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        for i, handle in enumerate(segments.adapter):
+            rows = segments.rows[segments.start[i] : segments.start[i + 1]]
+            values, index = slab.override(handle, "embed", None) or (None, None)
+            entry = slab.pair(handle, site.index, site.d_in, site.d_out)
+            if values is not None and index is None:
+                x[rows] = values[tokens[rows]].to(x.dtype)
+            elif values is not None and index is not None:
+                which, row = torch.eq(tokens[rows].unsqueeze(1), index).nonzero(as_tuple=True)
+                x[rows[which]] = values[row].to(x.dtype)
+            if entry is not None:
+                a, b, scale = entry
+                x[rows] = (x[rows].to(wide) + a[:, tokens[rows]].T.to(wide) @ b.to(wide) * scale).to(x.dtype)
+        return x
+
+    def adapt_norm(
+        self, h: Tensor, residual: Tensor, slab: Slab, role: str, layer: int | None, segments: Segments, eps: float
+    ) -> Tensor:
+        """The norm of the residual stream [T, hidden] with the adapters' own weights, where they have one."""
+        for i, handle in enumerate(segments.adapter):
+            own = slab.override(handle, role, layer)
+            if own is not None:
+                rows = segments.rows[segments.start[i] : segments.start[i + 1]]
+                h[rows] = self.rms_norm(residual[rows], own[0][0].to(h.dtype), eps)
+        return h
+
+    def adapt_logits(self, logits: Tensor, x: Tensor, slab: Slab, site: Site, segments: Segments) -> Tensor:
+        """The adapters' own heads, or rows of them, then pairs on the head: logits [L, V] fp32 of x [L, hidden]."""
+        for i, handle in enumerate(segments.adapter):
+            rows = segments.rows[segments.start[i] : segments.start[i + 1]]
+            own = slab.override(handle, "head", None)
+            if own is not None:
+                values = self.logits(DenseWeight(own[0].to(x.dtype).contiguous()), x[rows])
+                if own[1] is None:
+                    logits[rows] = values
+                else:
+                    logits[rows.unsqueeze(1), own[1]] = values
+        group = SiteGroup((site,), (0,))
+        wide = x.to(logits.dtype)
+        logits = ReferenceOps.lowrank_add(self, logits, wide, slab, group, segments)
+        return ReferenceOps.output_scale(self, logits, slab, group, segments)
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         """tokens [T] -> [T, hidden]."""

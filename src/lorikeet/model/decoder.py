@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.weight import Weight
 from lorikeet.model.spec import ModelSpec
-from lorikeet.types import SiteGroup
+from lorikeet.types import Site, SiteGroup
 
 
 class Ops(Protocol):
@@ -23,7 +23,6 @@ class Ops(Protocol):
     def linear(self, weight: Weight, x: Tensor) -> Tensor: ...
     def logits(self, weight: Weight, x: Tensor) -> Tensor: ...
     def lowrank_add(self, y: Tensor, x: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor: ...
-    def output_scale(self, y: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor: ...
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor: ...
     def take(self, table: Tensor, index: Tensor) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -36,8 +35,15 @@ class Ops(Protocol):
 
 
 class ServingOps(Ops, Protocol):
-    """Kernels that an engine runs on: they may choose how a whole forward pass is carried out."""
+    """Kernels that an engine runs on: for all that adapters may be beside pairs on linear layers. They may choose how
+    a whole forward pass is carried out."""
 
+    def output_scale(self, y: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor: ...
+    def adapt_embedding(self, x: Tensor, tokens: Tensor, adapters: Any, site: Site, segments: Segments) -> Tensor: ...
+    def adapt_norm(
+        self, h: Tensor, residual: Tensor, adapters: Any, role: str, layer: int | None, segments: Segments, eps: float
+    ) -> Tensor: ...
+    def adapt_logits(self, logits: Tensor, x: Tensor, adapters: Any, site: Site, segments: Segments) -> Tensor: ...
     def prepare(
         self, forward: Callable[..., Tensor], slab: Slab, cache: Sequence[LayerCache], rows: int
     ) -> Callable[[Batch], Tensor]: ...
@@ -82,25 +88,17 @@ def forward(
     Without a cache the attention stays inside each packed row (training); with one, new keys and values are
     written to `batch.cache_slot` and the sequences are read through `batch.block_table`.
     """
-    segments, wanted = batch.token_segments, batch.logit_rows
-    if segments is not None and batch.logit_segments is None:
+    wanted = batch.logit_rows
+    if batch.token_segments is not None and batch.logit_segments is None:
         wanted = None  # which adapter the rows of logits belong to is not known, so they are taken at the end
-
-    def project(weight: Weight, x: Tensor, group: SiteGroup) -> Tensor:
-        y = ops.linear(weight, x)
-        if segments is not None:
-            y = ops.lowrank_add(y, x, adapters, group, segments)
-            if batch.scaled:
-                y = ops.output_scale(y, adapters, group, segments)
-        return y
-
+    adapted = _Adapted(ops, adapters, batch, spec)
     cos, sin = ops.take(weights.rope_cos, batch.positions), ops.take(weights.rope_sin, batch.positions)
     residual: Tensor | None = None
-    x = ops.embed(weights.embed, batch.tokens)
+    x = adapted.embed(weights.embed, batch.tokens)
     for i, layer in enumerate(weights.layers):
         group = spec.groups[i]
-        h, residual = ops.add_rms_norm(x, residual, layer.attn_norm, spec.norm_eps)
-        q, k, v = project(layer.qkv, h, group["qkv"]).split((spec.q_size, spec.kv_size, spec.kv_size), dim=-1)
+        h, residual = adapted.norm(x, residual, layer.attn_norm, "attn_norm", i)
+        q, k, v = adapted.project(layer.qkv, h, group["qkv"]).split((spec.q_size, spec.kv_size, spec.kv_size), dim=-1)
         q, k, v = (part.unflatten(-1, (-1, spec.head_dim)) for part in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, spec.norm_eps)
@@ -109,12 +107,67 @@ def forward(
         attended = ops.attention(q, k, v, batch, None if cache is None else cache[i], spec.window(i))
         if i == spec.num_layers - 1 and wanted is not None:
             # Keys and values were the last that the other rows were for.
-            attended, residual, segments = ops.take(attended, wanted), ops.take(residual, wanted), batch.logit_segments
-        x = project(layer.o, attended, group["o"])
-        h, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, spec.norm_eps)
-        x = project(layer.down, ops.silu_mul(project(layer.gate_up, h, group["gate_up"])), group["down"])
+            attended, residual = ops.take(attended, wanted), ops.take(residual, wanted)
+            adapted.segments = batch.logit_segments
+        x = adapted.project(layer.o, attended, group["o"])
+        h, residual = adapted.norm(x, residual, layer.mlp_norm, "mlp_norm", i)
+        x = adapted.project(
+            layer.down, ops.silu_mul(adapted.project(layer.gate_up, h, group["gate_up"])), group["down"]
+        )
     if batch.logit_rows is not None and wanted is None:
         assert residual is not None
         x, residual = ops.take(x, batch.logit_rows), ops.take(residual, batch.logit_rows)
-    h, _ = ops.add_rms_norm(x, residual, weights.norm, spec.norm_eps)
-    return ops.logits(weights.head, h)
+    h, _ = adapted.norm(x, residual, weights.norm, "norm", None)
+    return adapted.logits(weights.head, h)
+
+
+@dataclass(slots=True)
+class _Adapted:
+    """The kernels with what a batch's adapters add to them. `segments` are those of the rows at hand."""
+
+    ops: Ops
+    adapters: Any
+    batch: Batch
+    spec: ModelSpec
+    segments: Segments | None = None
+
+    def __post_init__(self) -> None:
+        self.segments = self.batch.token_segments
+
+    @property
+    def overriding(self) -> Segments | None:
+        """The segments where adapters are more than what they do to linear layers."""
+        return self.segments if self.batch.overridden else None
+
+    @property
+    def more(self) -> ServingOps:
+        return cast("ServingOps", self.ops)
+
+    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+        x = self.ops.embed(table, tokens)
+        if (segments := self.overriding) is None:
+            return x
+        return self.more.adapt_embedding(x, tokens, self.adapters, self.spec.site(None, "embed"), segments)
+
+    def project(self, weight: Weight, x: Tensor, group: SiteGroup) -> Tensor:
+        y = self.ops.linear(weight, x)
+        if self.segments is not None:
+            y = self.ops.lowrank_add(y, x, self.adapters, group, self.segments)
+            if self.batch.scaled:
+                y = self.more.output_scale(y, self.adapters, group, self.segments)
+        return y
+
+    def norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, role: str, layer: int | None
+    ) -> tuple[Tensor, Tensor]:
+        eps = self.spec.norm_eps
+        h, residual = self.ops.add_rms_norm(x, residual, weight, eps)
+        if (segments := self.overriding) is not None:
+            h = self.more.adapt_norm(h, residual, self.adapters, role, layer, segments, eps)
+        return h, residual
+
+    def logits(self, weight: Weight, x: Tensor) -> Tensor:
+        logits = self.ops.logits(weight, x)
+        if (segments := self.overriding) is None:
+            return logits
+        return self.more.adapt_logits(logits, x, self.adapters, self.spec.site(None, "head"), segments)

@@ -62,6 +62,15 @@ def sites_of(module: str, spec: ModelSpec) -> tuple[Site, ...]:
     return () if site is None else (site,)
 
 
+def norm_of(module: str, spec: ModelSpec) -> tuple[str, int | None] | None:
+    """(role, layer) of a norm over the residual stream: `attn_norm`, `mlp_norm`, or `norm` after the last layer."""
+    if module == FINAL_NORM:
+        return "norm", None
+    match = _IN_LAYER.fullmatch(module)
+    role = next((role for role in ("attn_norm", "mlp_norm") if match and match[2] == NORMS[role]), None)
+    return (role, int(match[1])) if match and role and int(match[1]) < spec.num_layers else None
+
+
 def module_names(spec: ModelSpec) -> list[str]:
     """Every module that an adapter may name: those of the sites, and the fused ones."""
     fused = [layer_module(layer, name) for layer in range(spec.num_layers) for name in FUSED]

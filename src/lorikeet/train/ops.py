@@ -91,9 +91,6 @@ class TrainOps:
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         return completion_loss(x, weight, self.targets)
 
-    def output_scale(self, y: Tensor, adapters: TrainedAdapters, group: SiteGroup, segments: Segments) -> Tensor:
-        raise NotImplementedError("adapters are trained as low-rank pairs, which have no gains and shifts")
-
     def lowrank_add(
         self, y: Tensor, x: Tensor, adapters: TrainedAdapters, group: SiteGroup, segments: Segments
     ) -> Tensor:
