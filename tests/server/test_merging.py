@@ -85,6 +85,8 @@ def test_the_published_client_merges_what_has_different_ranks(live: Hosted) -> N
     alone = client.generate(PROMPT, adapter_id="adapter-00", max_new_tokens=6)
     assert merged.generated_text == alone.generated_text
     client.session.close()
+    page = live.http.get("/metrics").text
+    assert 'adapter="(merged)"' in page and "adapter-00+adapter-03" not in page
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,11 @@ class ServedModel:
         return None if self.adapter is None else self.adapter.digest
 
     @property
+    def label(self) -> str:
+        """Its name in metrics. All merges have one, because clients invent them at will."""
+        return "(merged)" if self.adapter is not None and self.folder is None else self.name
+
+    @property
     def chat_template(self) -> str | None:
         """The adapter's own chat template; None is the base's."""
         template = self.lock.template if self.lock is not None else None
