@@ -31,6 +31,7 @@ class FileServer:
         self.hanging: set[str] = set()
         self.trickle: float | None = None  # seconds between two bytes of a body
         self.ranges = self.heads = self.etags = True
+        self.headers: dict[str, str] = {}  # of every answer with a file
         self.claimed: dict[str, int] = {}  # a Content-Length that is not true
         self.released = threading.Event()
 
@@ -85,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, path: str, data: bytes, body: bool) -> None:
         owner, start, stop = self.owner, 0, len(data)
-        asked = self.headers.get("range")
+        asked = self.headers.get("range") or self.headers.get("x-ms-range")
         partial = asked is not None and owner.ranges
         if partial:
             first, _, last = str(asked).removeprefix("bytes=").partition("-")
@@ -94,6 +95,8 @@ class Handler(BaseHTTPRequestHandler):
         if partial:
             self.send_header("content-range", f"bytes {start}-{stop - 1}/{len(data)}")
         self.send_header("content-length", str(owner.claimed.get(path, stop - start)))
+        for name, value in owner.headers.items():
+            self.send_header(name, value)
         if owner.etags:
             self.send_header("etag", f'"{hashlib.sha256(data).hexdigest()[:16]}"')
         self.end_headers()

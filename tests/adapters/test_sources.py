@@ -227,6 +227,13 @@ def test_another_version_midway_is_noticed(tls: FileServer, store: Path, monkeyp
     assert contents(fetch(url, store, None, FAST)) == other
 
 
+def test_compressed_answers_are_refused(tls: FileServer, store: Path) -> None:
+    """A few bytes that unpack to many never get to: nothing is unpacked."""
+    tls.headers["content-encoding"] = "gzip"
+    with pytest.raises(SourceError, match="sent in the encoding 'gzip', expected none"):
+        fetch(put(tls, "/one", some_adapter(1000)), store, None, FAST)
+
+
 def test_a_pinned_hash(tls: FileServer, store: Path) -> None:
     files = some_adapter(1000)
     url = put(tls, "/one", files)

@@ -65,6 +65,26 @@ def test_links_are_followed_and_circles_end(tmp_path: Path, clock: Clock) -> Non
     assert [entry.name for entry in Catalogue(tmp_path / "served", "base", clock).entries()] == ["far"]
 
 
+def test_files_that_are_links_out_of_the_folder_are_refused(tmp_path: Path, clock: Clock) -> None:
+    """Of the adapter alone; one that becomes such a link later is no longer served, either."""
+    (tmp_path / "secret").write_text("{}")
+    root = tmp_path / "served"
+    put(root / "fine")
+    put(root / "shared/blobs")
+    for name, target in (("out", "secret"), ("within", "served/shared/blobs/adapter_config.json")):
+        (root / name).mkdir()
+        (root / name / "adapter_config.json").symlink_to(tmp_path / target)
+    catalogue = Catalogue(root, "base", clock)
+    assert [entry.name for entry in catalogue.entries()] == ["blobs", "fine", "within"]
+    with pytest.raises(NotFoundError, match=r"adapter_config.json is a link that leads out of the folder"):
+        catalogue.find("out")
+    (root / "fine/adapter_config.json").unlink()
+    (root / "fine/adapter_config.json").symlink_to(tmp_path / "secret")
+    clock.now = 2.0
+    with pytest.raises(NotFoundError, match="leads out of the folder"):
+        catalogue.find("fine")
+
+
 def test_the_disk_is_looked_at_once_a_second(tmp_path: Path, clock: Clock) -> None:
     catalogue = Catalogue(tmp_path, "base", clock)
     with pytest.raises(NotFoundError, match="'late'"):

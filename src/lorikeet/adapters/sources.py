@@ -1,4 +1,4 @@
-"""Where adapters come from: the hub, object stores, https, folders. The home of fsspec for adapters. No torch.
+"""Where adapters come from: the hub, object stores (through fsspec's file systems), https, folders. No torch.
 
     fetch(parse("hf://org/name@main"), cache_folder() / "downloads", Credentials(token)) -> Path
 
@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from email.message import Message
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -49,7 +50,11 @@ FILES = {CONFIG: True, WEIGHTS: True, LOCK: False}  # name -> must be there
 WINDOW = 8 * 2**20  # bytes of one request to an object store
 _MAX_LISTING = 8 * 2**20  # bytes of what the hub says of a repository
 _PICKLED = "adapter_model.bin"
-_PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}
+_FILE_SYSTEMS = {  # module, class, extra of ours that brings it
+    "s3": ("s3fs", "S3FileSystem", "s3"),
+    "gs": ("gcsfs.core", "GCSFileSystem", "gcs"),  # gcsfs's own choice asks every bucket over gRPC what it is
+    "az": ("adlfs", "AzureBlobFileSystem", "azure"),
+}
 
 
 # --- fetching -----------------------------------------------------------------------------------------------------
@@ -364,31 +369,50 @@ class ObjectSource:
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:
-            if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-                raise not_there(self._title) from None
+            if _denied(error):
+                raise PermissionError(self._title) from None
             # The libraries' own errors have no common base; their words may repeat what was sent.
             raise TransientError(f"{self._title}: {type(error).__name__}") from error
 
 
-def _file_system(kind: Kind, credentials: Credentials, config: SourceConfig) -> Any:
-    """An fsspec file system that shares neither its sessions nor its listings with any other."""
-    import fsspec
+def _denied(error: Exception) -> bool:
+    """The store does not let these credentials in, in the words of its library."""
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)  # Azure's, and gcsfs's
+    named = ("NoCredentialsError", "PartialCredentialsError", "RefreshError", "DefaultCredentialsError")
+    return str(status) in ("401", "403", "404") or type(error).__name__ in named or str(error).startswith("Forbidden")
 
-    package, extra = _PACKAGES[kind]
-    options = {"s3": _s3_options, "gs": _gs_options, "az": _az_options}[kind]
+
+def require(kind: Kind) -> None:
+    """Import what a kind of source needs. `ConfigError` names a package that is missing."""
+    if kind == "hf":
+        importlib.import_module("huggingface_hub")
+    elif kind in _FILE_SYSTEMS:
+        _file_system_class(kind)
+
+
+def _file_system_class(kind: Kind) -> Any:
+    module, name, extra = _FILE_SYSTEMS[kind]
     try:
-        importlib.import_module(package)
-        fs = fsspec.filesystem(
-            kind, skip_instance_cache=True, use_listings_cache=False, **options(credentials.token, config)
-        )
+        return getattr(importlib.import_module(module), name)
     except ImportError as error:
+        package = module.partition(".")[0]
         raise ConfigError(
             f"{kind}:// needs the package {package}: {error}",
             hint=f"pip install 'lorikeet-llm[{extra}]'",
             param="model",
         ) from error
-    fs.retries = 1  # attempts are counted here
-    return fs
+
+
+@lru_cache(maxsize=64)  # a new session costs 0.1 s of computing
+def _file_system(kind: Kind, credentials: Credentials, config: SourceConfig) -> Any:
+    """An fsspec file system for these credentials alone, which remembers no listings."""
+    options = {"s3": _s3_options, "gs": _gs_options, "az": _az_options}[kind]
+    system = _file_system_class(kind)(
+        skip_instance_cache=True, use_listings_cache=False, **options(credentials.token, config)
+    )
+    system.retries = 1  # attempts are counted here
+    logging.getLogger("azure").setLevel(logging.WARNING)  # below, it tells of every request with its headers
+    return system
 
 
 def _s3_options(token: str | None, config: SourceConfig) -> dict[str, Any]:
@@ -417,12 +441,21 @@ def _gs_options(token: str | None, config: SourceConfig) -> dict[str, Any]:
 
 
 def _az_options(token: str | None, config: SourceConfig) -> dict[str, Any]:
+    """With a token nothing of the environment's credentials: the library would prefer them to what it is given."""
     if token is None:
         return {}
-    account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME")
-    if not account:
+    account, said = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"), os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
+    settings = dict(part.split("=", 1) for part in said.split(";") if "=" in part)
+    account = account or settings.get("AccountName")
+    endpoint = settings.get("BlobEndpoint") or (f"https://{account}.blob.core.windows.net/" if account else None)
+    if endpoint is None:
         raise ConfigError("az:// needs AZURE_STORAGE_ACCOUNT_NAME in the server's environment", param="model")
-    return {"account_name": account, "sas_token": token}
+    if "sig=" not in token or ";" in token:
+        raise SourceRefusedError("api_token: expected a SAS token: sv=...&sig=...", param="api_token")
+    return {
+        "account_name": account,
+        "connection_string": f"BlobEndpoint={endpoint};SharedAccessSignature={token.removeprefix('?')}",
+    }
 
 
 def _s3_digests(bucket: str, about: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from lorikeet.adapters.download import Manifest, Source, Store, check_sizes
 from lorikeet.adapters.references import Credentials, Kind, Reference
-from lorikeet.adapters.sources import look, open_source
+from lorikeet.adapters.sources import look, open_source, require
 from lorikeet.adapters.transport import Deadline
 from lorikeet.config import SourceConfig
 from lorikeet.errors import DeadlineError, LorikeetError, NotFoundError, SourceRefusedError
@@ -32,7 +32,7 @@ log = logging.getLogger("lorikeet.fetcher")
 
 LOOKS, DOWNLOADS = 8, 4  # at once from one place; so many times PLACES from all places of a kind
 PLACES = 8
-ALLOWED_SECONDS = 30.0  # for which what a source allowed these credentials holds
+ALLOWED_SECONDS = 60.0  # for which what a source allowed these credentials holds
 DENIED_SECONDS = 3.0
 REMEMBERED = 10_000  # answers about access
 Result = TypeVar("Result")
@@ -50,7 +50,10 @@ class _Seen:
 
 
 class Fetcher:
-    """`kinds` are the sources that may be used. `folder` is where downloads are kept."""
+    """`kinds` are the sources that may be used. `folder` is where downloads are kept.
+
+    Raises `ConfigError` for a kind whose package is not installed.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,8 @@ class Fetcher:
         config: SourceConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        for kind in kinds:
+            require(kind)  # what is missing is said at the start, and no request waits for an import
         self.kinds = kinds
         self.config = config or SourceConfig()
         self._store = Store(folder, self.config)

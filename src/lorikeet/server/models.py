@@ -177,8 +177,9 @@ class Models:
             adapter = await self._engine.resolve(found.folder)
             known.model = replace(self.describe(found), adapter=adapter)
         except LorikeetError as error:
-            if not error.retryable and error.status < 500:
-                known.error = error
+            replaced = await asyncio.to_thread(signature_of, found.folder) != found.signature
+            if not error.retryable and error.status < 500 and not replaced:
+                known.error = error  # of these files; what was found while they were replaced says nothing of them
             raise
         return known.model
 
