@@ -287,3 +287,10 @@ def test_a_hub_that_hangs_is_a_504_and_nobody_else_waits(served: tuple[Hosted, F
         assert answers[0].status_code == 504 and answers[0].json()["error"]["retryable"] is True
     finally:
         server.state.models._fetcher.config = SourceConfig(total_seconds=20)
+
+
+def test_metrics_do_not_grow_with_the_names_that_clients_invent(served: tuple[Hosted, FileServer]) -> None:
+    server, _ = served
+    server.complete(model="hf://org/open@main", **PROMPT)
+    page = server.http.get("/metrics").text
+    assert '"(hf)"' in page and "org/open" not in page

@@ -40,8 +40,10 @@ class ServedModel:
 
     @property
     def label(self) -> str:
-        """Its name in metrics. All merges have one, because clients invent them at will."""
-        return "(merged)" if self.adapter is not None and self.folder is None else self.name
+        """Its name in metrics. All merges have one, as has what comes from one kind of source: clients invent them."""
+        if self.adapter is not None and self.folder is None:
+            return "(merged)"
+        return self.name if self.source == "local" else f"({self.source})"
 
     @property
     def chat_template(self) -> str | None:
