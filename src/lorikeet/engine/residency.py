@@ -10,6 +10,8 @@ from bisect import insort
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
+from heapq import heappop, heappush
+from math import inf, log2
 from time import time
 
 from lorikeet.errors import AdapterError
@@ -88,6 +90,7 @@ class Residency:
         self._extents: dict[str, _Extent] = {}
         self._ordered: list[_Extent] = []  # by offset
         self._loading: dict[str, _Extent] = {}  # those that are not resident yet, first come first
+        self._by_worth: list[tuple[float, str]] = []  # a heap; what was used or removed since stands there as it was
         self._used = 0
         self._spare_handles: list[int] = []
         self._handles = 0
@@ -185,6 +188,7 @@ class Residency:
         self._handles = max(self._handles, handle + 1)
         extent = self._extents[digest] = self._loading[digest] = _Extent(digest, handle, offset, size)
         insort(self._ordered, extent, key=lambda other: other.offset)
+        heappush(self._by_worth, (self._worth(digest), digest))
         self._used += size
         return Place.LOADING
 
@@ -214,21 +218,37 @@ class Residency:
         Value is frequency x recency x cost of a reload, for each byte held (GreedyDual-Size-Frequency without its
         clock: Cherkasova 1998).
         """
-        now, free = self._clock(), self.budget - self._used
-        candidates = [digest for digest in self._extents if self.evictable(digest, keep)]
-        if free + sum(self.size(digest) for digest in candidates) < size:
-            return False
-        candidates.sort(key=lambda digest: self._worth(digest, now), reverse=True)
-        while free < size:  # then there may be no hole of that size yet: compaction is cheaper than another reload
-            digest = candidates.pop()
-            free += self.size(digest)
+        free, passed = self.budget - self._used, []
+        victims: dict[str, float] = {}
+        while free < size and self._by_worth:  # then there may be no hole of that size yet: compaction is cheaper
+            worth, digest = heappop(self._by_worth)
+            if digest not in self._extents or digest in victims:
+                continue
+            now_worth = self._worth(digest)
+            if worth < now_worth:
+                heappush(self._by_worth, (now_worth, digest))
+            elif self.evictable(digest, keep):
+                victims[digest] = worth
+                free += self.size(digest)
+            else:
+                passed.append((worth, digest))
+        if free < size:
+            passed += [(worth, digest) for digest, worth in victims.items()]
+            victims.clear()
+        for entry in passed:
+            heappush(self._by_worth, entry)
+        for digest in victims:
             self._remove(digest)
-        return True
+        return free >= size
 
-    def _worth(self, digest: str, now: float) -> float:
+    def _worth(self, digest: str) -> float:
+        """Base 2 logarithm of the value, but for a factor that grows with time and is the same for all: so the order of
+        two adapters changes only when one of them is used, and then its worth grows."""
         known = self._known[digest]
+        if known.value == 0:
+            return -inf
         reload = RELOAD_FIXED + known.info.nbytes / RELOAD_RATE
-        return known.value * _decay(now - known.last_used) * reload / self.size(digest)
+        return log2(known.value * reload / max(self.size(digest), 1)) + known.last_used / HALF_LIFE
 
     def _remove(self, digest: str) -> None:
         extent = self._extents.pop(digest)
