@@ -12,6 +12,7 @@ from lorikeet.errors import InvalidRequestError, UnsupportedFieldError
 from lorikeet.types import Request, SamplingParams, TokenLogprob
 
 MAX_LOGPROBS = 128
+_NONE = range(0)
 
 
 class Status(Enum):
@@ -49,20 +50,17 @@ class Sequence:
     acts_from: int = 0  # the adapter acts on tokens from this position on
     unsent: int = 0  # tokens at the end that were not sampled, so that the runner does not know them
 
+    # of the request, which does not change: the scheduler asks for them several times a step
+    adapter: str | None = field(init=False)
+    sampling: SamplingParams = field(init=False)
+    prompt_length: int = field(init=False)
+    scores_prompt: bool = field(init=False)
+
     def __post_init__(self) -> None:
         self.tokens = list(self.request.tokens)
-
-    @property
-    def adapter(self) -> str | None:
-        return self.request.adapter
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.request.sampling
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.tokens)
+        self.adapter, self.sampling = self.request.adapter, self.request.sampling
+        self.prompt_length = len(self.tokens)
+        self.scores_prompt = self.sampling.prompt_logprobs is not None
 
     @property
     def pending(self) -> int:
@@ -79,13 +77,9 @@ class Sequence:
         return self.limit > self.prompt_length
 
     @property
-    def scores_prompt(self) -> bool:
-        return self.sampling.prompt_logprobs is not None
-
-    @property
     def unscored(self) -> range:
         """Prompt positions whose rows are still needed for `prompt_logprobs`."""
-        return range(self.scored, self.prompt_length - 1) if self.scores_prompt else range(0)
+        return range(self.scored, self.prompt_length - 1) if self.scores_prompt else _NONE
 
 
 def effective_sampling(request: Request) -> SamplingParams:
