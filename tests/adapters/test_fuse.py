@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.adapters.test_kinds import KINDS, UNTIED, make
 from tests.fixtures import AdapterShape, make_adapter, make_checkpoint, oracle, sample_tokens
 
 from lorikeet.adapters import fuse as module
@@ -43,37 +44,6 @@ def model(folder: Path) -> BaseModel:
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in checkpoint_files(folder) for name, value in load_file(path).items()}
-
-
-def kinds() -> dict[str, Any]:
-    """peft's config of each kind that weights and biases can hold."""
-    from peft import IA3Config, LoraConfig, VeraConfig
-
-    linear = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-    lora = {"r": 4, "lora_alpha": 12, "target_modules": linear, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-    return {
-        "rslora": LoraConfig(**lora, use_rslora=True, rank_pattern={"q_proj": 7}, alpha_pattern={"v_proj": 3}),
-        "dora": LoraConfig(**lora, use_dora=True),
-        "lora-bias": LoraConfig(**{**lora, "target_modules": ["q_proj", "v_proj"]}, lora_bias=True),
-        "ia3": IA3Config(
-            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
-        ),
-        "vera": VeraConfig(r=8, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
-    }
-
-
-def make_kind(base: Path, folder: Path, config: Any) -> Path:
-    """An adapter of this config whose every tensor is random."""
-    from peft import get_peft_model
-
-    torch.manual_seed(1)
-    adapted = get_peft_model(oracle(base), config)
-    with torch.no_grad():
-        for name, value in adapted.named_parameters():
-            if any(part in name for part in ("lora_", "ia3_", "vera_lambda")) and "vera_A" not in name:
-                value.add_(0.2 * torch.randn_like(value))
-    adapted.save_pretrained(str(folder))
-    return folder
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
@@ -107,11 +77,25 @@ def test_weights_and_logits_are_pefts(
         assert_close(oracle(tmp_path / "fused")(tokens).logits, merged(tokens).logits, 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft takes lora_B.bias for a part of a shard
-@pytest.mark.parametrize("kind", ["rslora", "dora", "lora-bias", "ia3", "vera"])
-def test_every_kind_that_weights_can_hold(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    base = checkpoint("qwen2")
-    adapter = make_kind(base, tmp_path / kind, kinds()[kind])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's: of what it saves, and of tied weights
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen2", kind) for kind in (*KINDS, *UNTIED) if kind != "lora_bias"]
+    + [("llama", "dora"), ("llama", "modules_to_save"), ("qwen3", "dora")]
+    + [("llama-tied", kind) for kind in ("both tied", "saved and tied", "token rows", "dora, bias all")],
+)
+@pytest.mark.parametrize("block", [300, 2**22])
+def test_every_kind_that_weights_can_hold(
+    family: str,
+    kind: str,
+    block: int,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK", block)
+    base = checkpoint(family)
+    adapter = make(kind, base, tmp_path / "adapter", seed=1)
     fuse(model(base), adapter, tmp_path / "fused")
     tokens = sample_tokens(2, 24)
     with torch.no_grad():
@@ -120,6 +104,15 @@ def test_every_kind_that_weights_can_hold(kind: str, checkpoint: Callable[..., P
         )
     assert (adapted - plain).abs().mean() > 0.05
     assert_close(fused, adapted, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["embedding saved", "head saved", "embedding", "head"])
+def test_a_tied_table_cannot_be_two(kind: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = make(kind, checkpoint("llama-tied"), tmp_path / "adapter", seed=1)
+    with pytest.raises(AdapterError, match="embedding and head change differently, and this base holds them as one"):
+        fuse(model(checkpoint("llama-tied")), adapter, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
 
 
 def test_bf16_is_rounded_once(
@@ -253,11 +246,8 @@ def test_what_is_there_is_not_overwritten(
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")
 def test_what_a_checkpoint_cannot_hold_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    from peft import LoraConfig
-
     base = checkpoint("llama")
-    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, lora_bias=True, task_type="CAUSAL_LM")
-    adapter = make_kind(base, tmp_path / "bias", lora)
+    adapter = make("lora_bias", base, tmp_path / "bias", seed=1)
     with pytest.raises(AdapterError, match=r"q_proj\.bias: the adapter has one, this llama base has no place for it"):
         fuse(model(base), adapter, tmp_path / "fused")
     plain = make_adapter(base, tmp_path / "alora", AdapterShape(rank=2, targets=("q_proj",)))

@@ -1,8 +1,8 @@
 """Fusing: base + adapter as a plain Hugging Face checkpoint.
 
-A layer with weight W and bias b under an entry of the normal form becomes one with `gain * (W + s B A)` and
-`gain * b + shift`, computed in fp32 (fp64 where the base is) and rounded once, to the base's own dtype or the one asked
-for. Tensors go from file to file in blocks of rows, so that memory holds a block and not the model. No torch.
+What an adapter changes (`changes`) is computed in fp32 (fp64 where the base is) and rounded once, to the base's own
+dtype or the one asked for. Tensors go from file to file in blocks of rows, so that memory holds a block and not the
+model. No torch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lorikeet.adapters.checkpoint import BaseTensors
+from lorikeet.adapters.changes import Change, changes_of
 from lorikeet.adapters.compiled import bfloat16_bits
-from lorikeet.adapters.files import CONFIG, AdapterFile, Array, Lock, LoraConfig, check_lock, read_lock
-from lorikeet.adapters.normal import Entry, compile_entries
+from lorikeet.adapters.files import AdapterFile, Lock, check_lock, read_lock
 from lorikeet.adapters.safefile import DTYPE_BYTES, SafeFile
 from lorikeet.adapters.stored import FLOATS, Tensor, Values, open_tensors
 from lorikeet.errors import AdapterError, ConfigError, LockMismatchError, ModelError
-from lorikeet.model.names import checkpoint_shapes, module_of
+from lorikeet.model.names import checkpoint_shapes
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import BaseIdentity
 
@@ -96,57 +95,16 @@ def fuse(
             files = [stack.enter_context(SafeFile(p, error=ModelError, max_header=_MAX_HEADER)) for p in base.files]
             tensors = open_tensors(files, base.config, base.folder / "config.json")
             _check_tensors(base, tensors)
-            entries = _entries(adapter, base, tensors)
+            with AdapterFile(adapter) as file:
+                changes = changes_of(adapter.name, file, base.spec, tensors)
             writer = _Writer(tensors, None if dtype is None else FLOATS[dtype], report)
-            _write_weights(base, tensors, entries, fresh, writer)
+            _write_weights(base, tensors, changes, fresh, writer)
         _write_rest(base, fresh, lock, dtype)
         _appear(fresh, output)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     return lock
-
-
-class _Weights(BaseTensors):
-    """The base's tensors for adapter kinds whose entries depend on them, dequantised where they must be."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(())
-        self._tensors = tensors
-
-    def _tensor(self, name: str) -> Array | None:
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            return None
-        return tensor.rows(0, tensor.shape[0]).reshape(tensor.shape).astype(np.float32, copy=False)
-
-
-def _entries(adapter: Path, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """What the adapter does to each tensor of the base: weights, and biases where the entry reaches them."""
-    with AdapterFile(adapter) as file:
-        if isinstance(file.config, LoraConfig) and file.config.invocation is not None:
-            raise AdapterError(
-                f"{adapter.name}: {CONFIG}: alora_invocation_tokens: an activated LoRA acts from its invocation on",
-                hint="weights act everywhere; serve it as an adapter",
-                param="alora_invocation_tokens",
-            )
-        entries = compile_entries(file.config, file.load()[0], base.spec, _Weights(tensors))
-    shapes = checkpoint_shapes(base.spec)
-    changes: dict[str, Entry] = {}
-    for entry in entries:
-        weight, bias = (f"{module_of(entry.site)}.{part}" for part in ("weight", "bias"))
-        if weight not in shapes:
-            raise AdapterError(f"{adapter.name}: {weight}: the base has no tensor of its own there", param=weight)
-        changes[weight] = entry
-        if bias in shapes and (entry.gain is not None or entry.shift is not None):
-            changes[bias] = entry
-        elif entry.shift is not None and entry.shift.any():
-            raise AdapterError(
-                f"{adapter.name}: {bias}: the adapter has one, this {base.spec.family} base has no place for it",
-                hint="serve it as an adapter",
-                param=bias,
-            )
-    return changes
 
 
 def _check_output(base: Path, adapter: Path, output: Path, force: bool) -> None:
@@ -174,11 +132,11 @@ def _appear(fresh: Path, output: Path) -> None:
 
 
 def _write_weights(
-    base: BaseModel, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], target: Path, writer: _Writer
+    base: BaseModel, tensors: Mapping[str, Tensor], changes: Mapping[str, Change], target: Path, writer: _Writer
 ) -> None:
     """The files of the base under their own names, with the index where there are several."""
     for path in base.files:
-        writer.write(target / path.name, {n: t for n, t in tensors.items() if t.file == path.name}, entries)
+        writer.write(target / path.name, {n: t for n, t in tensors.items() if t.file == path.name}, changes)
     index = base.folder / _INDEX
     if index.exists():
         old = json.loads(index.read_text("utf-8"))
@@ -209,7 +167,7 @@ class _Writer:
         self._done = 0
         self.total = sum(math.prod(tensor.shape) * DTYPE_BYTES[self._stored(tensor)] for tensor in tensors.values())
 
-    def write(self, path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> None:
+    def write(self, path: Path, tensors: Mapping[str, Tensor], changes: Mapping[str, Change]) -> None:
         # Wide dtypes first, so that all are aligned.
         order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[self._stored(tensors[name])], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -224,7 +182,7 @@ class _Writer:
         with path.open("wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             for name in order:
-                for block in _blocks(name, tensors[name], self._stored(tensors[name]), entries.get(name)):
+                for block in _blocks(name, tensors[name], self._stored(tensors[name]), changes.get(name)):
                     file.write(block)
                     self._done += len(block)
                     if self._report is not None:
@@ -236,9 +194,9 @@ class _Writer:
         return self._dtype if self._dtype is not None and tensor.dtype in _FLOATS else tensor.dtype
 
 
-def _blocks(name: str, tensor: Tensor, dtype: str, entry: Entry | None) -> Iterator[memoryview]:
+def _blocks(name: str, tensor: Tensor, dtype: str, change: Change | None) -> Iterator[memoryview]:
     """The bytes of the new tensor, a block of rows at a time; a tensor that stays as it is, is copied."""
-    if entry is None and dtype == tensor.dtype and tensor.raw is not None:
+    if change is None and dtype == tensor.dtype and tensor.raw is not None:
         for start in range(0, len(tensor.raw), 4 * _BLOCK):
             yield tensor.raw[start : start + 4 * _BLOCK]
         return
@@ -247,24 +205,9 @@ def _blocks(name: str, tensor: Tensor, dtype: str, entry: Entry | None) -> Itera
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         values = tensor.rows(start, stop)
-        if entry is not None:
-            values = _changed(name, values, entry, slice(start, stop))
+        if change is not None:
+            values = change.apply(values, slice(start, stop))
         yield _rounded(name, values, dtype)
-
-
-def _changed(name: str, values: Values, entry: Entry, rows: slice) -> Values:
-    """These rows of a weight, or of a bias [rows, 1], with the adapter in them."""
-
-    def wide(part: Array) -> Values:
-        return part.astype(values.dtype, copy=False)
-
-    if name.endswith(".weight") and entry.rank:
-        values = values + values.dtype.type(entry.scale) * (wide(entry.b[:, rows].T) @ wide(entry.a))
-    if entry.gain is not None:
-        values = wide(entry.gain[rows])[:, None] * values
-    if name.endswith(".bias") and entry.shift is not None:
-        values = values + wide(entry.shift[rows])[:, None]
-    return values
 
 
 def _rounded(name: str, values: Values, dtype: str) -> memoryview:

@@ -58,6 +58,7 @@ from lorikeet.adapters.files import (
     LoraConfig,
     Part,
     read_lock,
+    stored_name,
     write_peft,
 )
 from lorikeet.errors import AdapterError, ConfigError, LockMismatchError
@@ -209,6 +210,7 @@ def _collect(spec: MergeSpec, sources: Sequence[Source]) -> dict[str, list[Pair]
     """The pairs of every module, in the order of modules in the model; shapes and targets are checked."""
     pairs: dict[str, list[Pair]] = {}
     for source, weight in zip(sources, spec.weights, strict=True):
+        _check_parts(source)
         for module in dict.fromkeys(module for module, _ in source.tensors):
             pair = _pair(source, module, weight)
             others = pairs.setdefault(module, [])
@@ -222,6 +224,16 @@ def _collect(spec: MergeSpec, sources: Sequence[Source]) -> dict[str, list[Pair]
             others.append(pair)
     _check_fused(pairs)
     return {module: pairs[module] for module in sorted(pairs, key=_place)}
+
+
+def _check_parts(source: Source) -> None:
+    for module, part in source.tensors:
+        if part not in ("A", "B"):
+            raise AdapterError(
+                f"{source.name}: {WEIGHTS}: {stored_name(module, part)}: only pairs on linear layers can be merged",
+                hint="a table that peft saved beside them is left out with save_embedding_layers=False",
+                param=module,
+            )
 
 
 def _check_fused(pairs: Mapping[str, Any]) -> None:
