@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from lorikeet.engine.request import Sequence
 
@@ -105,11 +105,12 @@ class FairQueues:
     def held_back(self, key: str) -> bool:
         return key in self._giving_way
 
-    def make_way(self, key: str, size: int, resident: Mapping[str, int]) -> None:
-        """`key` finds no room of `size` bytes: those of the resident adapters (with their sizes) that are furthest
+    def make_way(self, key: str, size: int, movable: Callable[[], Mapping[str, int]]) -> None:
+        """`key` finds no room of `size` bytes: those of the resident adapters (`movable`, with their sizes) that are furthest
         ahead of it, if far enough, stop taking requests."""
         if self._wants_room is not None:
             return
+        resident = movable()
         for other in sorted(resident, key=self.served, reverse=True):
             if size <= 0 or self.served(other) <= self.served(key) + self._patience:
                 break

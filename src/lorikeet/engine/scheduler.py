@@ -217,7 +217,7 @@ class Scheduler:
                 return Place.LOADING
             place = self.residency.ensure(adapter, keep=self.waiting.wanted())
             if place is Place.FULL:
-                self.waiting.make_way(adapter, self.residency.size(adapter), self.residency.movable())
+                self.waiting.make_way(adapter, self.residency.size(adapter), self.residency.movable)
         if place is not Place.FULL:
             self.waiting.made_way(adapter)
         return place
