@@ -13,7 +13,7 @@ import time
 from lorikeet.config import EngineConfig
 from lorikeet.engine.process import run
 from lorikeet.engine.wire import EngineInfo, LoaderSettings
-from lorikeet.errors import InvalidRequestError, ModelError, OverloadedError
+from lorikeet.errors import InvalidRequestError, ModelError, NotFoundError, OverloadedError
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, AdapterStats, BaseIdentity, EngineStats, Event, Request, TokenLogprob
 
@@ -35,6 +35,7 @@ class ScriptedEngine:
         self.tokens: dict[str, list[int]] = {}
         self.adapters: dict[str, AdapterInfo] = {}
         self.events: list[Event] = []
+        self.pinned: set[str] = set()
 
     @classmethod
     def build(cls, config: EngineConfig) -> ScriptedEngine:
@@ -54,6 +55,11 @@ class ScriptedEngine:
 
     def register(self, info: AdapterInfo) -> None:
         self.adapters[info.digest] = info
+
+    def manage(self, action: str, digest: str) -> None:
+        if digest not in self.adapters:
+            raise NotFoundError(f"unknown adapter {digest}")
+        (self.pinned.add if action == "pin" else self.pinned.discard)(digest)
 
     def add(self, request: Request) -> None:
         if request.tokens[-1] == REFUSE:
@@ -110,7 +116,7 @@ class ScriptedEngine:
     def stats(self) -> EngineStats:
         zeros = dict.fromkeys(EngineStats.__struct_fields__[:-1], 0)
         blank = {"resident": True, "bytes": 0, "hits": 0, "last_used": 0, "max_rank": 1, "running": 0}
-        adapters = [AdapterStats(digest=digest, **blank) for digest in self.adapters]
+        adapters = [AdapterStats(digest=one, pinned=one in self.pinned, **blank) for one in self.adapters]
         return EngineStats(**(zeros | {"running": len(self.requests)}), adapters=adapters)
 
 

@@ -98,6 +98,13 @@ class AdapterError(LorikeetError):
     status = 422
 
 
+class AdapterInUseError(LorikeetError):
+    """The adapter cannot be brought in or taken out now."""
+
+    code = "adapter_in_use"
+    status = 409
+
+
 class LockMismatchError(LorikeetError):
     """The adapter was trained for another base, tokenizer or stop ids than the one served."""
 

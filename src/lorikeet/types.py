@@ -165,6 +165,9 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence in a prompt on it acts; None: all
 
 
+AdapterAction = Literal["load", "unload", "pin", "unpin"]
+
+
 class MergeSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which adapters, by name, and how they become one.
 
@@ -213,6 +216,10 @@ class AdapterStats(msgspec.Struct, frozen=True, kw_only=True):
     last_used: float
     max_rank: int
     running: int
+    kind: str = "lora"
+    sites: int = 0
+    pinned: bool = False
+    loading: bool = False  # on its way into the slab
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

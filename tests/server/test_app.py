@@ -212,7 +212,7 @@ def misshape(folder: Path) -> None:
 
 def unknown_kind(folder: Path) -> None:
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "LOHA"}))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def unknown_kind(folder: Path) -> None:
         (corrupt, ["adapter_model.safetensors"]),
         (pickled, ["adapter_model.bin", "pickled"]),
         (misshape, ["q_proj", "lora_A", "63", "64"]),
-        (unknown_kind, ["use_dora"]),
+        (unknown_kind, ["peft_type", "LOHA"]),
     ],
 )
 def test_broken_adapters_are_refused_by_name(live: Hosted, put: Any, change: Any, said: list[str]) -> None:

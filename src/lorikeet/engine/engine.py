@@ -18,18 +18,18 @@ from lorikeet.config import EngineConfig
 from lorikeet.engine.blocks import BlockPool, root_key
 from lorikeet.engine.grammar import Choices
 from lorikeet.engine.request import Sequence, check_prompt, check_sampling, effective_sampling
-from lorikeet.engine.residency import Residency
+from lorikeet.engine.residency import Place, Residency
 from lorikeet.engine.runner import Runner
 from lorikeet.engine.scheduler import Scheduler
 from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes, choose_weights
 from lorikeet.engine.slab import AdapterSlab
-from lorikeet.errors import InvalidRequestError, NotFoundError
+from lorikeet.errors import AdapterInUseError, InvalidRequestError, NotFoundError
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model import sources
 from lorikeet.model import weights as model_weights
 from lorikeet.model.decoder import DecoderWeights, ServingOps
 from lorikeet.model.spec import ModelSpec
-from lorikeet.types import AdapterInfo, BaseIdentity, EngineStats, Event, Request, SamplingParams
+from lorikeet.types import AdapterAction, AdapterInfo, BaseIdentity, EngineStats, Event, Request, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,23 @@ class Engine:
     def register(self, info: AdapterInfo) -> None:
         """Make a compiled adapter known under its digest. Raises AdapterError when it could never fit."""
         self._residency.register(info)
+
+    def manage(self, action: AdapterAction, digest: str) -> None:
+        """`load` brings a known adapter into the slab with the next steps, `pin` also keeps it there, `unpin` lets it
+        go when others need the room, `unload` takes it out. Raises NotFoundError or AdapterInUseError."""
+        residency = self._residency
+        if not residency.knows(digest):
+            raise NotFoundError(f"adapter: no adapter with digest {digest!r} is registered", param="adapter")
+        if action == "unload":
+            residency.unload(digest)
+        elif action == "unpin":
+            residency.pin(digest, False)
+        elif not residency.fits(digest):
+            raise AdapterInUseError("the pinned adapters leave no room for it", hint="unpin or unload some of them")
+        elif residency.ensure(digest) is Place.FULL:
+            raise AdapterInUseError("the adapters in use leave no room for it now", hint="try again later")
+        elif action == "pin":
+            residency.pin(digest)
 
     def add(self, request: Request) -> None:
         """Take a request, or raise a LorikeetError that says why not.

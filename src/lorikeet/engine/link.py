@@ -29,6 +29,8 @@ from lorikeet.engine.wire import (
     EngineInfo,
     Events,
     Failed,
+    Manage,
+    Managed,
     Merge,
     Ready,
     Register,
@@ -43,7 +45,7 @@ from lorikeet.engine.wire import (
     encode,
 )
 from lorikeet.errors import LorikeetError, UnavailableError
-from lorikeet.types import AdapterInfo, EngineStats, ErrorInfo, Event, MergeSpec, Request
+from lorikeet.types import AdapterAction, AdapterInfo, EngineStats, ErrorInfo, Event, MergeSpec, Request
 
 __all__ = ["EngineClient", "EngineInfo", "EventStream"]
 
@@ -107,6 +109,7 @@ class EngineClient:
         self._idle = asyncio.Event()
         self._idle.set()
         self._held: dict[str, AdapterInfo] = {}  # by digest; told again to a restarted engine
+        self._pinned: set[str] = set()
         self._resolving: dict[ResolveKey, asyncio.Future[AdapterInfo]] = {}
         self._jobs: dict[int, asyncio.Future[Any]] = {}
         self._next_job = 0
@@ -221,6 +224,17 @@ class EngineClient:
             adapter = future.result()
             self._held[adapter.digest] = adapter
 
+    async def manage(self, action: AdapterAction, digest: str) -> None:
+        """As `Engine.manage`. What is pinned stays so when the engine is restarted."""
+        self._require_engine()
+        job, future = self._new_job()
+        self._send(Manage(job, action, digest))
+        await future
+        if action == "pin":
+            self._pinned.add(digest)
+        elif action == "unpin":
+            self._pinned.discard(digest)
+
     async def stats(self) -> EngineStats:
         """The engine's counters and gauges of this moment."""
         answer = await self._ask_stats()
@@ -319,22 +333,25 @@ class EngineClient:
                 for event in message.events:
                     self._deliver(event)
             case Resolved():
-                future = self._jobs.pop(message.job, None)
-                if future is not None and not future.done():
-                    if message.adapter is not None:
-                        future.set_result(message.adapter)
-                    else:
-                        assert message.error is not None
-                        future.set_exception(LorikeetError.from_info(message.error))
+                self._answer(message.job, message.adapter, message.error)
+            case Managed():
+                self._answer(message.job, None, message.error)
             case Stats():
-                future = self._jobs.pop(message.job, None)
-                if future is not None and not future.done():
-                    future.set_result(message)
+                self._answer(message.job, message, None)
             case Ready():
                 self._now_ready(message.info)
             case Failed():
                 self.last_error = message.error
                 log.error("the engine could not start: %s", message.error.message)
+
+    def _answer(self, job: int, value: object, error: ErrorInfo | None) -> None:
+        future = self._jobs.pop(job, None)
+        if future is None or future.done():
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(LorikeetError.from_info(error))
 
     def _now_ready(self, info: EngineInfo) -> None:
         for adapter in list(self._held.values()):
@@ -342,6 +359,8 @@ class EngineClient:
                 self._send(Register(adapter))
             else:  # the compiled file was removed: the next request compiles the adapter again
                 del self._held[adapter.digest]
+        for digest in self._pinned & self._held.keys():
+            self._send(Manage(self._new_job()[0], "pin", digest))
         self.info = info
         self.last_error = None
         self._ready = True

@@ -27,6 +27,8 @@ from lorikeet.engine.wire import (
     Failed,
     FromEngine,
     LoaderSettings,
+    Manage,
+    Managed,
     Merge,
     Ready,
     Register,
@@ -40,7 +42,7 @@ from lorikeet.engine.wire import (
     encode,
 )
 from lorikeet.errors import LorikeetError, UnavailableError
-from lorikeet.types import AdapterInfo, EngineStats, ErrorInfo, Event, Request
+from lorikeet.types import AdapterAction, AdapterInfo, EngineStats, ErrorInfo, Event, Request
 
 log = logging.getLogger("lorikeet.engine")
 
@@ -56,6 +58,7 @@ class ServedEngine(Protocol):
     def info(self) -> EngineInfo: ...
     def loader_settings(self) -> LoaderSettings: ...
     def register(self, info: AdapterInfo) -> None: ...
+    def manage(self, action: AdapterAction, digest: str) -> None: ...
     def add(self, request: Request) -> None: ...
     def cancel(self, request_id: str) -> None: ...
     def step(self) -> list[Event]: ...
@@ -154,6 +157,12 @@ class EngineProcess:
                 self._loader.submit_merge(message)
             case Register():
                 self._engine.register(message.adapter)
+            case Manage():
+                try:
+                    self._engine.manage(message.action, message.digest)
+                    self._send(Managed(message.job))
+                except LorikeetError as error:
+                    self._send(Managed(message.job, error.info()))
             case AskStats():
                 self._send(Stats(message.job, self._engine.stats(), self._loader.pid))
             case Stop():

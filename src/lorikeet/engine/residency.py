@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from math import inf, log2
 from time import time
 
-from lorikeet.errors import AdapterError
+from lorikeet.errors import AdapterError, AdapterInUseError
 from lorikeet.types import AdapterCopy, AdapterInfo, AdapterStats
 
 ALIGNMENT = 64  # bytes
@@ -123,6 +123,15 @@ class Residency:
         """A pinned adapter is not evicted once it is resident."""
         assert digest in self._known
         (self._pinned.add if pinned else self._pinned.discard)(digest)
+
+    def unload(self, digest: str) -> None:
+        """Take a known adapter out of the slab; one that is not there stays out. Raises AdapterInUseError."""
+        known = self._known[digest]
+        if known.users > 0 or digest in self._pinned:
+            reason = f"{known.users} requests run on it" if known.users else "it is pinned"
+            raise AdapterInUseError(f"adapter {digest[:12]}: {reason}", hint="unpin it, or try again later")
+        if digest in self._extents:
+            self._remove(digest)
 
     def fits(self, digest: str) -> bool:
         """Whether the adapter would fit beside the pinned ones."""
@@ -324,6 +333,10 @@ class Residency:
                 last_used=known.last_used,
                 max_rank=known.info.max_rank,
                 running=known.users,
+                kind=known.info.kind,
+                sites=known.info.sites,
+                pinned=digest in self._pinned,
+                loading=digest in self._loading,
             )
             for digest, known in self._known.items()
         ]

@@ -8,7 +8,7 @@ import msgspec
 
 from lorikeet.config import EngineConfig
 from lorikeet.model.spec import ModelSpec
-from lorikeet.types import AdapterInfo, BaseIdentity, EngineStats, ErrorInfo, Event, MergeSpec, Request
+from lorikeet.types import AdapterAction, AdapterInfo, BaseIdentity, EngineStats, ErrorInfo, Event, MergeSpec, Request
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -70,6 +70,14 @@ class Register(Message, frozen=True):
     adapter: AdapterInfo
 
 
+class Manage(Message, frozen=True):
+    """What `Engine.manage` says."""
+
+    job: int
+    action: AdapterAction
+    digest: str
+
+
 class AskStats(Message, frozen=True):
     job: int
 
@@ -78,7 +86,7 @@ class Stop(Message, frozen=True):
     """Exit now; whoever sends it has drained before."""
 
 
-ToEngine = Start | Submit | Cancel | Resolve | Merge | Register | AskStats | Stop
+ToEngine = Start | Submit | Cancel | Resolve | Merge | Register | Manage | AskStats | Stop
 
 
 # engine -> HTTP process
@@ -108,13 +116,20 @@ class Resolved(Message, frozen=True):
     error: ErrorInfo | None = None
 
 
+class Managed(Message, frozen=True):
+    """The answer to `Manage`."""
+
+    job: int
+    error: ErrorInfo | None = None
+
+
 class Stats(Message, frozen=True):
     job: int
     stats: EngineStats
     loader_pid: int
 
 
-FromEngine = Ready | Failed | Events | Resolved | Stats
+FromEngine = Ready | Failed | Events | Resolved | Managed | Stats
 
 
 # engine <-> loader

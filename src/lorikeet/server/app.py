@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from lorikeet import __version__
 from lorikeet.errors import LorikeetError
-from lorikeet.server import lorax, openai
+from lorikeet.server import lorax, manage, openai
 from lorikeet.server.auth import check_key
 from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
 from lorikeet.server.state import ServerState
@@ -29,6 +29,7 @@ def create_app(state: ServerState) -> FastAPI:
     )  # fmt: skip
     app.include_router(openai.routes(state))
     app.include_router(lorax.routes(state))
+    app.include_router(manage.routes(state))
     _add_health(app, state)
     _add_errors(app, state)
     return app
@@ -75,7 +76,7 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
                 "version": __version__,
                 "base": state.models.base.name,
                 "routes": ["/v1/models", "/v1/completions", "/v1/chat/completions", "/generate", "/generate_stream",
-                           "/health", "/metrics"],
+                           "/v1/adapters", "/health", "/metrics"],
             }
         )  # fmt: skip
 
