@@ -122,6 +122,7 @@ def test_a_dead_engine_ends_every_request_and_is_replaced(order: int, tmp_path: 
         async with running() as client:
             (tmp_path / "fine").mkdir()
             adapter = await client.resolve(tmp_path / "fine")
+            await client.manage("pin", adapter.digest)
             streams = [await client.submit(request(f"w{i}", WAIT)) for i in range(5)]
             streams.append(await client.submit(request("bad", order, max_tokens=9)))
             ended = await asyncio.wait_for(asyncio.gather(*map(collect, streams)), 10)
@@ -135,6 +136,7 @@ def test_a_dead_engine_ends_every_request_and_is_replaced(order: int, tmp_path: 
                 await asyncio.sleep(0.5)
             await until_ready(client)
             assert client.restarts == 1
+            assert [one.pinned for one in (await client.stats()).adapters] == [True]
             events = await generate(client, request("after", 3, adapter=adapter.digest))
             assert tokens(events) == [4, 5, 6, 7]
             assert (tmp_path / "fine" / "compiled.log").read_text() == "compiled\n"
