@@ -113,33 +113,34 @@ def play(engine: TimedEngine, infos: list[Any], traffic: Traffic) -> Json:
     while engine.engine.has_work():
         engine.step()
     engine.steps.clear()
-    count = len(traffic)
+    count, times, outputs, chosen = len(traffic), *(a.tolist() for a in (traffic.time, traffic.output, traffic.adapter))
     index: dict[str, int] = {}
-    first, last = np.full(count, np.nan), np.full(count, np.nan)
+    first, last = [-1.0] * count, [-1.0] * count
     gaps: list[float] = []
     added = finished = 0
     begin = time.perf_counter()
     while finished < count:
-        while added < count and traffic.time[added] <= time.perf_counter() - begin:
-            adapter = int(traffic.adapter[added])
-            name = engine.add(prompts[added], int(traffic.output[added]), infos[adapter] if adapter >= 0 else None)
+        while added < count and times[added] <= time.perf_counter() - begin:
+            name = engine.add(prompts[added], outputs[added], infos[chosen[added]] if chosen[added] >= 0 else None)
             index[name] = added
             added += 1
         if not engine.engine.has_work():
-            time.sleep(max(float(traffic.time[added]) - (time.perf_counter() - begin), 0.0))
+            time.sleep(max(times[added] - (time.perf_counter() - begin), 0.0))
             continue
         events = engine.step()
         now = time.perf_counter() - begin
         for event in events:
             i = index[event.request_id]
-            if np.isnan(first[i]):
+            if first[i] < 0:
                 first[i] = now
             else:
                 gaps.append(now - last[i])
             last[i] = now
             finished += event.finish is not None
             assert event.error is None, event.error
-    return numbers(traffic, first, last, np.array(gaps), len(engine.steps), sum(s for _, s in engine.steps))
+    return numbers(
+        traffic, np.array(first), np.array(last), np.array(gaps), len(engine.steps), sum(s for _, s in engine.steps)
+    )
 
 
 def simulated_numbers(scenario: Scenario, cost: CostModel, traffic: Traffic) -> Json:

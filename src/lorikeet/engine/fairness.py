@@ -106,7 +106,7 @@ class FairQueues:
         return key in self._giving_way
 
     def make_way(self, key: str, size: int, movable: Callable[[], Mapping[str, int]]) -> None:
-        """`key` finds no room of `size` bytes: those of the resident adapters (`movable`, with their sizes) that are furthest
+        """`key` finds no room of `size` bytes: those of the `movable` adapters (with their sizes) that are furthest
         ahead of it, if far enough, stop taking requests."""
         if self._wants_room is not None:
             return
