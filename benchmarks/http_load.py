@@ -57,6 +57,34 @@ class HttpClients:
 
         return summarise(self._runner.run(together()), len(clients[0][0][0]))
 
+    def open_loop(self, arrivals: list[tuple[float, list[int], Json]], new: int) -> Json:
+        """Each request at its own time (seconds from the start), whatever has become of those before it.
+
+        Lists, one value a request: seconds to the first token and to the last (None where it failed), how late it was
+        sent, and what the server said of those that failed.
+        """
+
+        async def one(began: float, at: float, prompt: list[int], extra: Json) -> tuple[Trace, float, str | None]:
+            await asyncio.sleep(max(began + at - time.perf_counter(), 0))
+            trace = Trace(0.0)
+            try:
+                await self.stream(trace, prompt, extra, new)
+            except (RuntimeError, httpx.HTTPError) as error:
+                return trace, trace.sent - began - at, str(error) or type(error).__name__
+            return trace, trace.sent - began - at, None
+
+        async def play() -> list[tuple[Trace, float, str | None]]:
+            began = time.perf_counter()
+            return await asyncio.gather(*(one(began, *arrival) for arrival in arrivals))
+
+        ended = self._runner.run(play())
+        return {
+            "first": [None if error else trace.times[0] - trace.sent for trace, _, error in ended],
+            "last": [None if error else trace.times[-1] - trace.sent for trace, _, error in ended],
+            "late": [late for _, late, _ in ended],
+            "errors": [error for _, _, error in ended if error],
+        }
+
     def interfere(self, streams: list[tuple[list[int], Json]], arrivals: list[tuple[list[int], Json]],
                   room: int, quiet: int) -> Json:  # fmt: skip
         """Gaps between the tokens of running streams, before and while `arrivals` come in and get their first tokens.
@@ -134,4 +162,4 @@ def _raise_errors(running: list[asyncio.Future[Any]]) -> None:
 
 if __name__ == "__main__":
     played = HttpClients(sys.argv[1])
-    answer(models=played.models, run=played.run, interfere=played.interfere)
+    answer(models=played.models, run=played.run, open_loop=played.open_loop, interfere=played.interfere)

@@ -1,0 +1,188 @@
+"""What do thousands of adapters cost when only some of them fit into memory?
+
+Zipf(1.0) requests over all adapters of the embedded base. First the capacity with all of them resident (closed loop);
+then, for each budget of resident adapters, the same trace of Poisson arrivals at 70% of that capacity (open loop), and
+the capacity at that budget. Then single requests to adapters that nobody has seen. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from load import Ask, Clients, Json
+from ours import ServerSide, Setup
+from shapes import NAMES, default_cache, evict, fixture, make_adapter
+from worker import progress
+
+EXAMPLES = """examples:
+  python benchmarks/many_adapters.py                                       5,000 adapters, 100%, 10% and 1% resident
+  python benchmarks/many_adapters.py --adapters 200 --requests 300         a short one
+  python benchmarks/many_adapters.py --resident 0.05 --load 0.9            one budget, more traffic
+"""
+COLD_RANK, COLD_BARS, CAPACITY_BAR, TAIL_BAR = 16, (0.050, 0.200), 0.6, 1.3
+
+
+class Traffic:
+    """Requests on adapters of Zipf(1.0): adapter k in proportion to 1 / (k + 1). No two prompts are alike."""
+
+    def __init__(self, options: Namespace, vocabulary: int) -> None:
+        self._draw = np.random.default_rng(options.seed)
+        self._weights = 1 / np.arange(1, options.adapters + 1)
+        self._weights /= self._weights.sum()
+        self._length, self._vocabulary = options.prompt, vocabulary
+
+    def prompt(self) -> list[int]:
+        return self._draw.integers(min(257, self._vocabulary // 2), self._vocabulary, self._length).tolist()
+
+    def clients(self, count: int, rounds: int) -> Clients:
+        """A closed loop."""
+        chosen = self._draw.choice(len(self._weights), (count, rounds), p=self._weights)
+        return [[Ask(self.prompt(), int(adapter)) for adapter in row] for row in chosen]
+
+    def arrivals(self, count: int, rate: float) -> list[tuple[float, list[int], int]]:
+        """(seconds from the start, prompt, adapter): Poisson at `rate` requests a second."""
+        times = np.cumsum(self._draw.exponential(1 / rate, count))
+        chosen = self._draw.choice(len(self._weights), count, p=self._weights)
+        return [(float(at), self.prompt(), int(adapter)) for at, adapter in zip(times, chosen, strict=True)]
+
+
+def touch(side: ServerSide, adapters: int, traffic: Traffic, clients: int) -> None:
+    """Every adapter once, the rarest first: compiled, known to the engine, and the common ones resident at the end."""
+    rounds = -(-adapters // clients)
+    order = [max(adapters - 1 - i, 0) for i in range(rounds * clients)]  # equally many for each client
+    side.run([[Ask(traffic.prompt(), i) for i in order[c::clients]] for c in range(clients)], 1)
+    side.run(traffic.clients(clients, 2), 2)
+
+
+def capacity(side: ServerSide, traffic: Traffic, options: Namespace) -> float:
+    """Requests a second with `--clients` that never wait between two."""
+    rounds = max(options.requests // options.clients, 1)
+    sample = side.run(traffic.clients(options.clients, rounds), options.new)
+    return options.clients * rounds / float(sample["seconds"])
+
+
+def play(side: ServerSide, arrivals: list[tuple[float, list[int], int]], options: Namespace) -> Json:
+    """The open loop. `head` are requests on adapters so common that they stay resident at every budget."""
+    sent = [(at, prompt, {"model": side.names[adapter]}) for at, prompt, adapter in arrivals]
+    said = side.clients.ask("open_loop", arrivals=sent, new=options.new)
+    head = max(int(min(options.resident) * options.adapters) // 4, 1)
+    first = np.array([np.nan if one is None else one for one in said["first"]])
+    common = np.array([adapter < head for _, _, adapter in arrivals])
+    last = np.array([np.nan if one is None else one for one in said["last"]])
+    return {
+        "failed": len(said["errors"]), "errors": sorted(set(said["errors"]))[:3],
+        **{f"ttft_p{p}": float(np.nanpercentile(first, p)) for p in (50, 95, 99)},
+        **{f"common_ttft_p{p}": float(np.nanpercentile(first[common], p)) for p in (50, 95, 99)},
+        **{f"latency_p{p}": float(np.nanpercentile(last, p)) for p in (50, 95, 99)},
+        "late_p99": float(np.percentile(said["late"], 99)),
+    }  # fmt: skip
+
+
+def measure(setup: Setup, options: Namespace) -> Json:
+    """All budgets, the largest first."""
+    traffic = Traffic(options, setup.fixture.spec.vocab_size)
+    each = max(setup.adapter_bytes())
+    arrivals: list[tuple[float, list[int], int]] = []
+    rate, found = 0.0, {}
+    for share in sorted(options.resident, reverse=True):
+        budget = int(share * options.adapters * (each + 4096)) + 2**20
+        side = ServerSide(replace(setup, settings={**setup.settings, "adapter_memory": budget}))
+        try:
+            began = time.perf_counter()
+            touch(side, options.adapters, traffic, options.clients)
+            progress(f"{share:.0%} resident: every adapter once in {time.perf_counter() - began:.0f} s")
+            most = capacity(side, traffic, options)
+            if not arrivals:
+                rate = options.load * most
+                arrivals = traffic.arrivals(options.requests, rate)
+            result = play(side, arrivals, options) | {"capacity": most, "adapter_memory": budget}
+            result |= {"rss": side.memory()["rss"]}
+            found[share] = result
+            progress(f"{share:.0%} resident: {most:.1f} requests/s at most; at {rate:.1f}: {json.dumps(result)}")
+        finally:
+            side.close()
+    return {"rate": rate, "adapter_bytes": each, "budgets": found}
+
+
+def cold(setup: Setup, options: Namespace) -> Json:
+    """Seconds to the first token of adapters that nobody has seen, one after another, files out of the page cache."""
+    draw, traffic = np.random.default_rng(9), Traffic(options, setup.fixture.spec.vocab_size)
+    side = ServerSide(replace(setup, adapters=setup.adapters[:1]))
+    folders = [setup.spare / f"unseen-{i}" for i in range(options.cold)]
+    for folder in folders:
+        make_adapter(setup.fixture.spec, folder, COLD_RANK, seed=int(draw.integers(2**31)))
+        evict(folder)
+    try:
+        side.run([[Ask(traffic.prompt(), 0)]], 1)
+        time.sleep(1.1)  # the server looks for new names once a second
+        bodies = [[[traffic.prompt(), {"model": folder.name}]] for folder in folders]
+        seconds = [float(side.clients.ask("run", clients=[body], new=1)["ttft_p50"]) for body in bodies]
+    finally:
+        side.close()
+    return {f"p{p}": float(np.percentile(seconds, p)) for p in (50, 95, 99)}
+
+
+def verdicts(result: Json) -> list[tuple[str, float, float, bool]]:
+    """(what, value, bar, whether it holds)."""
+    budgets: dict[float, Any] = result["budgets"]
+    most, least = budgets[max(budgets)], budgets[min(budgets)]
+    found = [
+        ("failed requests", float(sum(one["failed"] for one in budgets.values())), 0.0, False),
+        ("capacity, least resident / all", least["capacity"] / most["capacity"], CAPACITY_BAR, True),
+        ("p99 to first token of common adapters, least / all", least["common_ttft_p99"] / most["common_ttft_p99"],
+         TAIL_BAR, False),
+    ]  # fmt: skip
+    if "cold" in result:
+        found += [(f"unseen adapter to first token, {p}", result["cold"][p], bar, False)
+                  for p, bar in zip(("p50", "p99"), COLD_BARS, strict=True)]  # fmt: skip
+    return [(what, value, bar, value >= bar if at_least else value <= bar) for what, value, bar, at_least in found]
+
+
+def arguments() -> Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--shape", choices=NAMES, default="nano")
+    add("--adapters", type=int, default=5000)
+    add("--rank", type=int, default=8)
+    add("--resident", nargs="+", type=float, default=[1.0, 0.1, 0.01], help="shares of them that fit into memory")
+    add("--load", type=float, default=0.7, help="of the capacity with all resident")
+    add("--requests", type=int, default=3000, help="of each measurement")
+    add("--clients", type=int, default=32, help="of the closed loop")
+    add("--prompt", type=int, default=32, help="tokens")
+    add("--new", type=int, default=16, help="tokens")
+    add("--cold", type=int, default=100, help="unseen adapters of rank 16; 0: none")
+    add("--cache", type=Path, default=default_cache(), help="where the files are kept [%(default)s]")
+    add("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    made = fixture(options.shape, options.cache)
+    progress(f"{options.adapters} adapters in {made.root}")
+    adapters = made.adapters([options.rank] * options.adapters)
+    with tempfile.TemporaryDirectory(prefix="run-", dir=options.cache) as folder:
+        (spare := Path(folder) / "served").mkdir()
+        setup = Setup(fixture=made, adapters=adapters, spare=spare, folder=Path(folder), clients=options.clients)
+        result = measure(setup, options)
+        if options.cold:
+            result["cold"] = cold(setup, options)
+    for what, value, bar, holds in verdicts(result):
+        print(f"{what:52} {value:8.3f}  bar {bar:g}  {'holds' if holds else 'MISSED'}")
+    chosen = {key: value for key, value in vars(options).items() if key != "cache"}
+    print(json.dumps({"benchmark": "many_adapters", "options": chosen, **result}))
+
+
+if __name__ == "__main__":
+    main()
