@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from tests.simulate.scenarios import scenario, stream
 
+import lorikeet.kernels.cpu  # noqa: F401  before the cache is another: compiled kernels stay where they are
 from lorikeet import bench
 from lorikeet.config import EngineConfig
 from lorikeet.errors import ConfigError
