@@ -27,7 +27,7 @@ from lorikeet.engine.scheduler import Outcome, Plan
 from lorikeet.errors import ConfigError
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model.families import load_spec
-from lorikeet.model.sources import find_model, identify
+from lorikeet.model.sources import checkpoint_files, find_model, identify
 from lorikeet.simulate.cost import StepFeatures, StepMeter
 from lorikeet.simulate.fit import Measurement, fit_steps
 from lorikeet.types import AdapterInfo, Event, Request, SamplingParams
@@ -114,7 +114,8 @@ def open_engine(
         name: Dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
     for folder in folders:
         began = time.perf_counter()
-        infos.append(compile_adapter(folder, spec, identity, name, cache, config.allow_lock_mismatch))
+        allow = config.allow_lock_mismatch
+        infos.append(compile_adapter(folder, spec, identity, name, cache, allow, checkpoint_files(base)))
         compiles.append((infos[-1].nbytes, time.perf_counter() - began))
     if infos and config.adapter_memory is None:
         sizes = [info.nbytes for info in infos]
