@@ -210,9 +210,10 @@ def make_slab(paths: list[Path], spec: Any) -> Any:
     from lorikeet.adapters.compiled import open_compiled
     from lorikeet.kernels.batch import Slab, SlabOverride
 
-    table = torch.zeros(len(paths), len(spec.sites), 5, dtype=torch.int64)
-    scale = torch.zeros(len(paths), len(spec.sites))
-    vectors = torch.full((len(paths), len(spec.sites), 2), -1)
+    sites = len(spec.sites) + len(spec.residual_sites)
+    table = torch.zeros(len(paths), sites, 5, dtype=torch.int64)
+    scale = torch.zeros(len(paths), sites)
+    vectors = torch.full((len(paths), sites, 2), -1)
     parts, at, overrides = [], 0, {}
     for handle, path in enumerate(paths):
         compiled = open_compiled(path)

@@ -163,6 +163,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     sites: int
     kind: str = "lora"
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence in a prompt on it acts; None: all
+    positions: tuple[int, int] | None = None  # how many first and last tokens of a prompt it acts on; None: all
 
 
 AdapterAction = Literal["load", "unload", "pin", "unpin"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.fixtures import make_adapter, make_batch, make_slab, next_logprobs, o
 from lorikeet.adapters.compiled import compile_adapter
 from lorikeet.adapters.files import CONFIG, WEIGHTS
 from lorikeet.errors import AdapterError
+from lorikeet.kernels.batch import Segments
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.model.decoder import forward
 from lorikeet.model.sources import checkpoint_files, identify
@@ -183,7 +185,7 @@ def test_fused_names_are_their_parts(checkpoint: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type: expected 'LORA' or 'IA3' or 'VERA', found 'LOHA'"),
+        ({"peft_type": "LOHA"}, "peft_type: expected 'LORA' or 'IA3' or 'VERA' or 'LOREFT', found 'LOHA'"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type: .* found 'PREFIX_TUNING'"),
         ({"bias": "some"}, "bias: expected 'none', 'all' or 'lora_only', found 'some'"),
         ({"alora_invocation_tokens": ["a"]}, "alora_invocation_tokens: expected a list of token ids"),
@@ -194,7 +196,6 @@ def test_fused_names_are_their_parts(checkpoint: Callable[..., Path], tmp_path: 
 def test_what_has_no_normal_form_is_refused_by_name(
     change: dict[str, Any], message: str, adapters: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
-    import json
     import shutil
 
     from lorikeet.adapters.files import read_config
@@ -215,3 +216,77 @@ def test_an_input_vector_elsewhere_than_on_down_is_refused(
     get_peft_model(oracle(base), config).save_pretrained(str(tmp_path / "ia3"))
     with pytest.raises(AdapterError, match="feedforward_modules names model.layers.0.self_attn.q_proj"):
         compile_adapter(tmp_path / "ia3", load(base, torch.float32)[0], identify(base), "float32", cache)
+
+
+def write_loreft(
+    folder: Path, hidden: int, layers: list[int], seed: int, first: int = 2, last: int = 3
+) -> dict[str, torch.Tensor]:
+    """Random interventions with orthonormal rotations, in the layout that is documented in docs/adapters.md."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        rotate, _ = torch.linalg.qr(torch.randn(hidden, 4, generator=generator))
+        tensors[f"reft.layers.{layer}.rotate"] = rotate.contiguous()
+        tensors[f"reft.layers.{layer}.weight"] = torch.randn(4, hidden, generator=generator) * hidden**-0.5
+        tensors[f"reft.layers.{layer}.bias"] = torch.randn(4, generator=generator)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / WEIGHTS)
+    config = {"peft_type": "LOREFT", "r": 4, "layers": layers, "first_positions": first, "last_positions": last}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2]])
+def test_loreft_is_a_hook_on_the_stream(
+    layers: list[int], checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    base = checkpoint("llama")
+    spec, weights = load(base, torch.float32)
+    tensors = write_loreft(tmp_path / "reft", spec.hidden_size, layers, 3)
+    info = compile_adapter(tmp_path / "reft", spec, identify(base), "float32", cache)
+    assert (info.kind, info.positions, info.max_rank) == ("loreft", (2, 3), 4)
+    row = sample_tokens(1, 20, 8)[0]
+    model = oracle(base)
+    places = [0, 1, 17, 18, 19]
+
+    def hook(rotate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
+        def change(module: Any, inputs: Any, output: Any) -> Any:
+            stream = output if isinstance(output, torch.Tensor) else output[0]
+            at = stream[:, places]
+            stream[:, places] = at + (at @ weight.T + bias - at @ rotate) @ rotate.T
+            return output
+
+        return change
+
+    for layer in layers:
+        parts = [tensors[f"reft.layers.{layer}.{part}"] for part in ("rotate", "weight", "bias")]
+        model.model.layers[layer].register_forward_hook(hook(*parts))
+    with torch.no_grad():
+        plain = oracle(base)(row.unsqueeze(0)).logits[0].log_softmax(-1)
+        theirs = model(row.unsqueeze(0)).logits[0].log_softmax(-1)
+        batch = make_batch([row], [0])
+        batch.token_segments = Segments(torch.tensor(places), [0, len(places)], [0], False)
+        ours = forward(spec, weights, batch, ReferenceOps(), make_slab([Path(info.path)], spec)).log_softmax(-1)
+    assert (theirs - plain).abs().mean() > 0.05
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": [7]}, "layers: expected numbers below 3, found 7"),
+        ({"layers": [1]}, "reft.layers.0.rotate: not among|reft.layers.0|has no such module"),
+        ({"first_positions": 0, "last_positions": 0}, "first_positions: expected a position to act on"),
+        ({"r": 5}, r"reft\.layers\.0\.rotate: expected \[64, 5\], found \[64, 4\]"),
+        ({"component": "mlp_activation"}, "component: expected no such field, found 'mlp_activation'"),
+    ],
+)
+def test_interventions_that_do_not_fit_are_named(
+    change: dict[str, Any], message: str, checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    base = checkpoint("llama")
+    write_loreft(tmp_path / "reft", 64, [0, 2], 3)
+    path = tmp_path / "reft" / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=message):
+        compile_adapter(tmp_path / "reft", load(base, torch.float32)[0], identify(base), "float32", cache)

@@ -59,20 +59,22 @@ class World:
     adapters: dict[str, CompiledAdapter] = field(default_factory=dict)
 
     def adapter(self, seed: int, rank: int = 3, roles: Iterable[str] = ("q", "v", "o", "gate", "down"),
-                scaled: bool = False, overrides: bool = False,
-                invocation: tuple[int, ...] | None = None) -> AdapterInfo:  # fmt: skip
+                scaled: bool = False, overrides: bool = False, invocation: tuple[int, ...] | None = None,
+                positions: tuple[int, int] | None = None) -> AdapterInfo:  # fmt: skip
         """A random adapter, strong enough to change greedy tokens."""
         generator = np.random.default_rng(seed)
         entries = []
-        for site in self.spec.sites:
+        for site in (*self.spec.sites, *self.spec.residual_sites):
             if site.role in roles:
                 a = generator.normal(0, site.d_in**-0.5, (rank, site.d_in)).astype(np.float32)
                 b = generator.normal(0, 0.5, (rank, site.d_out)).astype(np.float32)
                 vectors = generator.normal(1, 0.3, (2, site.d_out)).astype(np.float32) if scaled else (None, None)
                 entries.append(Entry(site, a, b, 0.7, *vectors))
-        digest = hashlib.sha256(f"{seed} {rank} {scaled} {overrides} {invocation}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{seed} {rank} {scaled} {overrides} {invocation} {positions}".encode()).hexdigest()
         own = self._overrides(generator) if overrides else []
-        header, data = lay_out(entries, digest, self.base, "float32", invocation=invocation, overrides=own)
+        header, data = lay_out(
+            entries, digest, self.base, "float32", invocation=invocation, positions=positions, overrides=own
+        )
         self.adapters[digest] = CompiledAdapter(header, data)
         return header.info(Path(digest))
 
@@ -122,12 +124,15 @@ class World:
     def _open(self, path: Path) -> CompiledAdapter:
         return self.adapters[str(path)]
 
-    def dense_logits(self, tokens: list[int], adapter: str | None = None, acts_from: int = 0) -> torch.Tensor:
-        """Logits [T, V] without cache or batch; the adapter acts on tokens from position `acts_from` on."""
+    def dense_logits(
+        self, tokens: list[int], adapter: str | None = None, acts_from: int = 0, places: list[int] | None = None
+    ) -> torch.Tensor:
+        """Logits [T, V] without cache or batch; the adapter acts on tokens from `acts_from` on, or at `places`."""
         slab, segments = None, None
         if adapter is not None:
             slab = self._slab(adapter)
-            segments = Segments(torch.arange(acts_from, len(tokens)), [0, len(tokens) - acts_from], [0], True)
+            rows = torch.arange(acts_from, len(tokens)) if places is None else torch.tensor(places)
+            segments = Segments(rows, [0, len(rows)], [0], places is None)
         count = len(tokens)
         batch = Batch(
             tokens=torch.tensor(tokens),
@@ -148,15 +153,16 @@ class World:
         residency = Residency(nbytes)
         residency.register(self.adapters[digest].header.info(Path(digest)))
         residency.ensure(digest)
-        slab = AdapterSlab(nbytes, len(self.spec.sites), torch.float32, self._open)
+        slab = AdapterSlab(nbytes, self.spec, torch.float32, self._open)
         assert slab.carry_out(residency.instructions()) == {}
         return slab.slab
 
-    def greedy(self, prompt: list[int], count: int, adapter: str | None = None, acts_from: int = 0) -> list[int]:
+    def greedy(self, prompt: list[int], count: int, adapter: str | None = None, acts_from: int = 0,
+               places: list[int] | None = None) -> list[int]:  # fmt: skip
         """Greedy tokens by the dense oracle, up to and with EOS."""
         tokens = list(prompt)
         while len(tokens) < len(prompt) + count:
-            tokens.append(int(self.dense_logits(tokens, adapter, acts_from)[-1].argmax()))
+            tokens.append(int(self.dense_logits(tokens, adapter, acts_from, places)[-1].argmax()))
             if tokens[-1] == EOS:
                 break
         return tokens[len(prompt) :]

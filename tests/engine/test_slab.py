@@ -51,7 +51,7 @@ def test_another_dtype_is_refused(world: Any) -> None:
     import torch
 
     info = world.adapter(1)
-    slab = AdapterSlab(2**16, len(world.spec.sites), torch.bfloat16, world._open)
+    slab = AdapterSlab(2**16, world.spec, torch.bfloat16, world._open)
     copy = AdapterCopy(info.digest, info.path, 0, 0, info.nbytes, 0, info.nbytes)
     failed = slab.carry_out([copy])
     assert "bfloat16" in failed[info.digest].message and "float32" in failed[info.digest].message

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, LoraConfig, check_lock, read_lock
+from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, LoraConfig, LoreftConfig, check_lock, read_lock
 from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
 from lorikeet.adapters.overrides import Override, compile_overrides
 from lorikeet.errors import AdapterError
@@ -79,6 +79,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
     entries: list[CompiledEntry]
     overrides: list[CompiledOverride] = []
     invocation: tuple[int, ...] | None = None
+    positions: tuple[int, int] | None = None
 
     def info(self, path: Path) -> AdapterInfo:
         return AdapterInfo(
@@ -89,6 +90,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
             sites=len(self.entries),
             kind=self.kind,
             invocation=self.invocation,
+            positions=self.positions,
         )
 
 
@@ -128,11 +130,15 @@ def compile_adapter(
                 return info
             except AdapterError:
                 path.unlink(missing_ok=True)  # a damaged cache file is made again
-        tables, config, overrides, invocation = BaseTensors(checkpoint), file.config, [], None
+        tables, config = BaseTensors(checkpoint), file.config
         entries = compile_entries(config, tensors, spec, tables)
+        acts: dict[str, Any] = {}
         if isinstance(config, LoraConfig):
-            overrides, invocation = compile_overrides(config, tensors, spec, tables), config.invocation
-        header, data = lay_out(entries, digest, base, dtype, config.kind, invocation, overrides)
+            acts["overrides"] = compile_overrides(config, tensors, spec, tables)
+            acts["invocation"] = config.invocation
+        elif isinstance(config, LoreftConfig):
+            acts["positions"] = config.positions
+        header, data = lay_out(entries, digest, base, dtype, config.kind, **acts)
     _write(path, header, data)
     return header.info(path)
 
@@ -161,7 +167,9 @@ def lay_out(
     base: BaseIdentity,
     dtype: Dtype,
     kind: str = "lora",
+    *,
     invocation: tuple[int, ...] | None = None,
+    positions: tuple[int, int] | None = None,
     overrides: Sequence[Override] = (),
 ) -> tuple[CompiledHeader, NDArray[Any]]:
     """Place entries layer by layer, rows aligned, values rounded to `dtype` (nearest, ties to even)."""
@@ -200,7 +208,7 @@ def lay_out(
                 data[start:].view(np.float32)[: len(vector)] = vector
     header = CompiledHeader(
         digest=digest, base_sha256=base.sha256, dtype=dtype, kind=kind, nbytes=data.nbytes, entries=placed,
-        invocation=invocation, overrides=replaced,
+        invocation=invocation, positions=positions, overrides=replaced,
     )  # fmt: skip
     return header, data
 

@@ -73,6 +73,11 @@ KINDS = {
         },
     ),
 }
+KINDS["LOREFT"] = Fields(  # not PEFT's: the layout that this program reads
+    frozenset({"peft_type", "task_type", "r", "layers", "first_positions", "last_positions"}),
+    frozenset({"base_model_name_or_path", "inference_mode"}),
+    {},
+)
 _NO_PAIR = "its update of a weight is no low-rank pair of its own"
 _PROMPT = "it trains what stands before a prompt, which is not supported"
 # Kinds without a normal form, and why.

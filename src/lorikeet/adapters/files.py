@@ -31,12 +31,14 @@ Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) o
 Part = Literal[
     "A", "B", "B.bias", "magnitude", "bias", "ia3", "lambda_b", "lambda_d", "shared_A", "shared_B",
     "embedding_A", "embedding_B", "rows", "weight",
+    "reft.rotate", "reft.weight", "reft.bias",
 ]  # fmt: skip
 Array = NDArray[np.float32]
 Number = TypeVar("Number", int, float)
 
 _MAX_JSON = 2**20
 _PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt", "adapter_model.pkl")
+_REFT = re.compile(r"reft\.layers\.(?P<layer>\d+)\.(?P<part>rotate|weight|bias)")
 _SHARED: dict[str, Part] = {"base_model.vera_A": "shared_A", "base_model.vera_B": "shared_B"}
 _SUFFIXES: dict[Part, str] = {
     "A": r"lora_A(?:\.default)?\.weight",
@@ -139,7 +141,18 @@ class VeraConfig(Targets):
     kind = "vera"
 
 
-AdapterConfig = LoraConfig | Ia3Config | VeraConfig
+@dataclass(frozen=True, kw_only=True)
+class LoreftConfig(Targets):
+    """LoReFT (Wu et al. 2024): h + R (W h + b - R^T h) on the residual stream after some layers, at the first and the
+    last tokens of the prompt. Of each layer `reft.layers.N.rotate` R [d, r], `weight` W [r, d] and `bias` b [r]."""
+
+    r: int
+    layers: tuple[int, ...]
+    positions: tuple[int, int]
+    kind = "loreft"
+
+
+AdapterConfig = LoraConfig | Ia3Config | VeraConfig | LoreftConfig
 
 
 def _first_match(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
@@ -216,6 +229,9 @@ def parse_name(name: str) -> tuple[str, Part]:
     """What a tensor of the file is: (module of the base, part of it). AdapterError for a name that is not known."""
     if name in _SHARED:
         return "", _SHARED[name]
+    if (reft := _REFT.fullmatch(name)) is not None:
+        parts: dict[str, Part] = {"rotate": "reft.rotate", "weight": "reft.weight", "bias": "reft.bias"}
+        return f"model.layers.{int(reft['layer'])}", parts[reft["part"]]
     for part, key in _KEYS.items():
         match = key.fullmatch(name)
         if match is not None:
@@ -226,6 +242,8 @@ def parse_name(name: str) -> tuple[str, Part]:
 
 def stored_name(module: str, part: Part) -> str:
     """How PEFT names it, without what stands in front of every module."""
+    if part in ("reft.rotate", "reft.weight", "reft.bias"):
+        return f"reft.{module.removeprefix('model.')}.{part.removeprefix('reft.')}"
     shared = next((name for name, one in _SHARED.items() if one == part), None)
     ends = {"A": "lora_A.weight", "B": "lora_B.weight", "B.bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
             "ia3": "ia3_l", "lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d", "bias": "bias",
@@ -252,6 +270,8 @@ def content_hash(config: AdapterConfig, tensors: Mapping[tuple[str, Part], tuple
     digest = hashlib.sha256(config.kind.encode())
     if isinstance(config, LoraConfig) and config.invocation is not None:
         digest.update(msgspec.msgpack.encode(config.invocation))
+    if isinstance(config, LoreftConfig):
+        digest.update(msgspec.msgpack.encode(config.positions))
     if isinstance(config, LoraConfig) and (config.token_rows or config.ties_weights):
         digest.update(msgspec.msgpack.encode([sorted(config.token_rows.items()), config.ties_weights]))
     for (module, part), (entry, raw) in sorted(tensors.items(), key=lambda item: item[0]):
@@ -283,6 +303,15 @@ def read_config(folder: Path) -> AdapterConfig:
     """`adapter_config.json`, every field handled, known to be irrelevant, or refused by name (AdapterError)."""
     raw = _read_json(folder / CONFIG)
     kind = refuse_unsupported(raw, CONFIG)
+    if kind == "LOREFT":
+        positions = tuple(_count(name, raw.get(name, 0)) for name in ("first_positions", "last_positions"))
+        if not any(positions):
+            raise field_error(CONFIG, "first_positions", "a position to act on, first or last", 0)
+        return LoreftConfig(
+            r=_checked("r", raw.get("r"), int),
+            layers=_layers(raw.get("layers"), "layers"),
+            positions=(positions[0], positions[1]),
+        )
     targets = _read_targets(raw)
     if kind == "IA3":
         inputs = _targets("feedforward_modules", raw.get("feedforward_modules") or ())
@@ -409,9 +438,15 @@ def _targets(name: str, value: Any) -> str | tuple[str, ...]:
     return tuple(sorted(value))
 
 
-def _layers(value: Any) -> tuple[int, ...]:
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise field_error(CONFIG, name, "0 or more", value)
+    return value
+
+
+def _layers(value: Any, name: str = "layers_to_transform") -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(one) is int for one in value):
-        raise field_error(CONFIG, "layers_to_transform", "a list of layer numbers", value)
+        raise field_error(CONFIG, name, "a list of layer numbers", value)
     return tuple(value)
 
 

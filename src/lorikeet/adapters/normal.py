@@ -21,6 +21,7 @@ from lorikeet.adapters.files import (
     Array,
     Ia3Config,
     LoraConfig,
+    LoreftConfig,
     Part,
     VeraConfig,
     stored_name,
@@ -61,6 +62,8 @@ def compile_entries(config: AdapterConfig, tensors: Tensors, spec: ModelSpec, ba
     `tensors` as `AdapterFile.load` gives them. Raises AdapterError as `check_adapter` does.
     """
     targeted = check_adapter(config, {key: value.shape for key, value in tensors.items()}, spec)
+    if isinstance(config, LoreftConfig):
+        return list(_loreft(tensors, targeted))
     if isinstance(config, Ia3Config):
         entries = list(_ia3(config, tensors, targeted, spec))
     elif isinstance(config, VeraConfig):
@@ -155,6 +158,14 @@ def _vera(tensors: Tensors, targeted: Targeted) -> Iterator[Entry]:
             yield Entry(site, a, b[rows].T, 1.0)
 
 
+def _loreft(tensors: Tensors, targeted: Targeted) -> Iterator[Entry]:
+    """h + R (W h + b - R^T h): the pair (W - R^T, R) and the shift R b."""
+    for module, (site,) in targeted.items():
+        rotate = tensors[module, "reft.rotate"]
+        shift: Array = rotate @ tensors[module, "reft.bias"]
+        yield Entry(site, tensors[module, "reft.weight"] - rotate.T, rotate.T, 1.0, shift=shift)
+
+
 def _without_pair(site: Site, gain: Array | None = None, shift: Array | None = None) -> Entry:
     nothing = (np.zeros((0, site.d_in), np.float32), np.zeros((0, site.d_out), np.float32))
     return Entry(site, *nothing, 1.0, gain, shift)
@@ -181,7 +192,10 @@ def check_adapter(config: AdapterConfig, shapes: Shapes, spec: ModelSpec) -> Tar
     Raises AdapterError naming tensor, expected and found where the adapter does not fit the base, where a tensor is
     there that the config does not target, or where one is missing that it does.
     """
-    targeted = _targeted(config, spec, {module for module, _ in shapes})
+    if isinstance(config, LoreftConfig):
+        targeted = _intervened(config, spec)
+    else:
+        targeted = _targeted(config, spec, {module for module, _ in shapes})
     expected = {key: shape for module, sites in targeted.items() for key, shape in _shapes(config, module, sites)}
     if isinstance(config, VeraConfig):
         for part, side in (("shared_A", 1), ("shared_B", 0)):
@@ -211,7 +225,11 @@ def _shapes(
 ) -> Iterator[tuple[tuple[str, Part], tuple[int, ...]]]:
     """The tensors that a targeted module must have."""
     d_in, d_out = sites[0].d_in, sum(site.d_out for site in sites)
-    if isinstance(config, Ia3Config):
+    if isinstance(config, LoreftConfig):
+        yield (module, "reft.rotate"), (d_out, config.r)
+        yield (module, "reft.weight"), (config.r, d_in)
+        yield (module, "reft.bias"), (config.r,)
+    elif isinstance(config, Ia3Config):
         yield (module, "ia3"), (1, d_in) if config.is_feedforward(module) else (d_out, 1)
     elif isinstance(config, VeraConfig):
         yield (module, "lambda_b"), (d_out,)
@@ -228,6 +246,15 @@ def _shapes(
             yield (module, "B.bias"), (d_out,)
         if config.use_dora:
             yield (module, "magnitude"), (d_out,)
+
+
+def _intervened(config: LoreftConfig, spec: ModelSpec) -> Targeted:
+    for layer in config.layers:
+        if not 0 <= layer < spec.num_layers:
+            raise AdapterError(
+                f"{CONFIG}: layers: expected numbers below {spec.num_layers}, found {layer}", param="layers"
+            )
+    return {f"model.layers.{layer}": (spec.residual_sites[layer],) for layer in sorted(set(config.layers))}
 
 
 def _check_shared(shapes: Shapes, part: Part, side: int, rank: int, targeted: Targeted) -> None:

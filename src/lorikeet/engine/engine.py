@@ -17,7 +17,16 @@ from lorikeet.adapters.compiled import CompiledAdapter, open_compiled
 from lorikeet.config import EngineConfig
 from lorikeet.engine.blocks import BlockPool, root_key
 from lorikeet.engine.grammar import Choices
-from lorikeet.engine.request import Sequence, check_prompt, check_sampling, effective_sampling
+from lorikeet.engine.request import (
+    ENDLESS,
+    EVERYWHERE,
+    NOWHERE,
+    Sequence,
+    Stretch,
+    check_prompt,
+    check_sampling,
+    effective_sampling,
+)
 from lorikeet.engine.residency import Place, Residency
 from lorikeet.engine.runner import Runner
 from lorikeet.engine.scheduler import Scheduler
@@ -74,7 +83,7 @@ class Engine:
             spec,
             weights,
             ops,
-            AdapterSlab(sizes.slab_bytes, len(spec.sites), sizes.adapter_dtype, open_adapter),
+            AdapterSlab(sizes.slab_bytes, spec, sizes.adapter_dtype, open_adapter),
             blocks=sizes.blocks,
             block_size=config.block_size,
             max_seqs=config.max_seqs,
@@ -160,9 +169,9 @@ class Engine:
             stop_ids=frozenset() if sampling.ignore_eos else stop_ids,
             root=root_key(self.base.sha256, request.tenant),
             choices=choices,
-            acts_from=0
+            acts=EVERYWHERE
             if request.adapter is None
-            else _acts_from(request.tokens, self._residency.info(request.adapter)),
+            else _where(request.tokens, self._residency.info(request.adapter)),
         )
         self._scheduler.add(sequence, self._clock())
         self._arrivals += 1
@@ -212,14 +221,21 @@ class Engine:
             )
 
 
-def _acts_from(tokens: list[int], info: AdapterInfo) -> int:
-    """Where an adapter begins to act: the last occurrence of its invocation tokens in the prompt (aLoRA), or 0."""
-    wanted = None if info.invocation is None else list(info.invocation)
-    if wanted is None:
-        return 0
+def _where(tokens: list[int], info: AdapterInfo) -> tuple[Stretch, Stretch]:
+    """The stretches of positions on which an adapter acts.
+
+    Everywhere; or from the last occurrence of its invocation tokens in the prompt on (aLoRA); or on the first and the
+    last tokens of the prompt (LoReFT), which do not overlap.
+    """
+    if info.positions is not None:
+        first, last = info.positions
+        return (0, min(first, len(tokens))), (max(len(tokens) - last, min(first, len(tokens))), len(tokens))
+    if info.invocation is None:
+        return EVERYWHERE
+    wanted = list(info.invocation)
     for at in range(len(tokens) - len(wanted), -1, -1):
         if tokens[at : at + len(wanted)] == wanted:
-            return at
+            return (at, ENDLESS), NOWHERE
     raise InvalidRequestError(
         f"prompt: the adapter acts from its invocation tokens on; found none of {wanted}",
         hint="the prompt must contain these token ids, most often as the end of the adapter's own chat template",

@@ -12,6 +12,10 @@ from lorikeet.errors import InvalidRequestError, UnsupportedFieldError
 from lorikeet.types import Request, SamplingParams, TokenLogprob
 
 MAX_LOGPROBS = 128
+Stretch = tuple[int, int]  # positions, the second excluded
+ENDLESS = 2**62
+NOWHERE: Stretch = (0, 0)
+EVERYWHERE: tuple[Stretch, Stretch] = ((0, ENDLESS), NOWHERE)
 _NONE = range(0)
 
 
@@ -47,7 +51,7 @@ class Sequence:
     scored: int = 0  # prompt positions whose next token's logprob is known
     scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     choices: Choices | None = None
-    acts_from: int = 0  # the adapter acts on tokens from this position on
+    acts: tuple[Stretch, Stretch] = EVERYWHERE  # where the adapter acts
     unsent: int = 0  # tokens at the end that were not sampled, so that the runner does not know them
 
     # of the request, which does not change: the scheduler asks for them several times a step

@@ -85,7 +85,7 @@ class Runner:
         self._tokens = np.zeros((max_seqs, max_context + 1), np.int64)
         self._blocks = np.zeros((max_seqs, -(-max_context // block_size)), np.int32)
         self._handle = np.full(max_seqs, -1, np.int64)
-        self._acts_from = np.zeros(max_seqs, np.int64)
+        self._acts = np.zeros((max_seqs, 4), np.int64)  # two stretches of positions
         self._sampling = SamplingRows(
             temperature=np.zeros(max_seqs),
             top_k=np.zeros(max_seqs, np.int64),
@@ -123,7 +123,7 @@ class Runner:
         slot, s = load.slot, load.sampling
         self._tokens[slot, : len(load.tokens)] = load.tokens
         self._blocks[slot, : len(load.blocks)] = load.blocks
-        self._handle[slot], self._acts_from[slot] = load.handle, load.acts_from
+        self._handle[slot], self._acts[slot] = load.handle, (*load.acts[0], *load.acts[1])
         rows = self._sampling
         rows.temperature[slot], rows.top_k[slot] = s.temperature, s.top_k
         rows.top_p[slot], rows.min_p[slot] = s.top_p, s.min_p
@@ -164,7 +164,12 @@ class Runner:
         max_kv = int(kv_len.max())
         cache_slot = self._blocks[slots, positions // size].astype(np.int64) * size + positions % size
         logit_rows, scored = _logit_rows(rows, query_start)
-        handle = np.where(positions >= self._acts_from[slots], rows.handle[sequence], -1)
+        begin, end, other_begin, other_end = self._acts[slots].T
+        acts = (positions >= begin) & (positions < end) | (positions >= other_begin) & (positions < other_end)
+        handle = np.where(acts, rows.handle[sequence], -1)
+        token_segments, logit_segments = self._segments(handle), self._segments(handle[logit_rows])
+        if token_segments is not None and logit_segments is None:  # known, and none: no adapter acts on these rows
+            logit_segments = Segments(self._tensor(logit_rows[:0]), [0], [], True)
         batch = Batch(
             tokens=self._tensor(self._tokens[slots, positions]),
             positions=self._tensor(positions),
@@ -174,9 +179,9 @@ class Runner:
             max_kv=max_kv,
             block_table=self._tensor(self._blocks[rows.slot, : -(-max_kv // size)]),
             cache_slot=self._tensor(cache_slot),
-            token_segments=self._segments(handle),
+            token_segments=token_segments,
             logit_rows=self._tensor(logit_rows),
-            logit_segments=self._segments(handle[logit_rows]),
+            logit_segments=logit_segments,
             scaled=_any_of(rows.handle, self.slab.scaled),
             overridden=_any_of(rows.handle, self.slab.overriding),
         )

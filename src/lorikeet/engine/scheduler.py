@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lorikeet.engine.blocks import BlockPool, block_key
 from lorikeet.engine.fairness import FairQueues
-from lorikeet.engine.request import Sequence, Status
+from lorikeet.engine.request import EVERYWHERE, Sequence, Status, Stretch
 from lorikeet.engine.residency import Instruction, Place, Residency
 from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
 from lorikeet.types import ErrorInfo, Event, FinishReason, SamplingParams, ScheduledSequence, TokenLogprob
@@ -29,7 +29,7 @@ class SlotLoad:
     handle: int
     sampling: SamplingParams
     seed: int
-    acts_from: int = 0  # the position from which on the adapter acts
+    acts: tuple[Stretch, Stretch] = EVERYWHERE  # where the adapter acts
 
 
 @dataclass(slots=True)
@@ -271,7 +271,7 @@ class Scheduler:
                 handle,
                 sequence.sampling,
                 sequence.seed,
-                sequence.acts_from,
+                sequence.acts,
             )  # fmt: skip
         )
 
@@ -343,9 +343,11 @@ class Scheduler:
         while len(keys) < count:
             parent = keys[-1] if keys else sequence.root
             start = len(keys) * size
-            plain = size if sequence.adapter is None else min(max(sequence.acts_from - start, 0), size)
-            mask = bytes(plain) + b"\1" * (size - plain)
-            keys.append(block_key(parent, sequence.tokens[start : start + size], mask, sequence.adapter))
+            mask = bytearray(size)
+            for begin, end in () if sequence.adapter is None else sequence.acts:
+                low, high = max(begin - start, 0), min(end - start, size)
+                mask[low:high] = b"\1" * max(high - low, 0)
+            keys.append(block_key(parent, sequence.tokens[start : start + size], bytes(mask), sequence.adapter))
         return keys[:count]
 
     def _publish(self, sequence: Sequence) -> None:

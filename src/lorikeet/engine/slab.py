@@ -13,20 +13,23 @@ from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, CompiledH
 from lorikeet.engine.residency import AdapterMove, Instruction
 from lorikeet.errors import AdapterError, LorikeetError
 from lorikeet.kernels.batch import Slab, SlabOverride
-from lorikeet.types import AdapterCopy, ErrorInfo
+from lorikeet.model.spec import ModelSpec
+from lorikeet.types import ROLES, AdapterCopy, ErrorInfo
 
 
 class AdapterSlab:
-    """`nbytes` bytes of adapters in `dtype` for a model of `sites` sites."""
+    """`nbytes` bytes of adapters in `dtype` for a model."""
 
     def __init__(
         self,
         nbytes: int,
-        sites: int,
+        spec: ModelSpec,
         dtype: torch.dtype,
         open_adapter: Callable[[Path], CompiledAdapter] = open_compiled,
         device: torch.device | str = "cpu",
     ) -> None:
+        sites = len(spec.sites) + len(spec.residual_sites)
+        self._linear_sites = spec.num_layers * len(ROLES)
         self.dtype = str(dtype).removeprefix("torch.")
         self.slab = Slab(
             data=torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device),
@@ -35,7 +38,7 @@ class AdapterSlab:
             vectors=torch.full((16, sites, 2), -1, dtype=torch.int64),
         )
         self.scaled: set[int] = set()  # handles with gains or shifts
-        self.overriding: set[int] = set()  # handles that act on embedding or head, or put something in their place
+        self.overriding: set[int] = set()  # handles that do more than act on linear layers
         self._bytes = self.slab.data.view(torch.uint8)
         self._open = open_adapter
 
@@ -99,8 +102,7 @@ class AdapterSlab:
 
     def _install_overrides(self, copy: AdapterCopy, header: CompiledHeader) -> None:
         base = copy.offset // self.slab.data.itemsize
-        last = self.slab.table.shape[1] - 2  # embedding and head stand behind the layers
-        if header.overrides or any(entry.site >= last for entry in header.entries):
+        if header.overrides or any(entry.site >= self._linear_sites for entry in header.entries):
             self.overriding.add(copy.handle)
         self.slab.overrides[copy.handle] = [
             SlabOverride(

@@ -111,9 +111,8 @@ def forward(
             adapted.segments = batch.logit_segments
         x = adapted.project(layer.o, attended, group["o"])
         h, residual = adapted.norm(x, residual, layer.mlp_norm, "mlp_norm", i)
-        x = adapted.project(
-            layer.down, ops.silu_mul(adapted.project(layer.gate_up, h, group["gate_up"])), group["down"]
-        )
+        act = ops.silu_mul(adapted.project(layer.gate_up, h, group["gate_up"]))
+        x, residual = adapted.residual(adapted.project(layer.down, act, group["down"]), residual, i)
     if batch.logit_rows is not None and wanted is None:
         assert residual is not None
         x, residual = ops.take(x, batch.logit_rows), ops.take(residual, batch.logit_rows)
@@ -165,6 +164,14 @@ class _Adapted:
         if (segments := self.overriding) is not None:
             h = self.more.adapt_norm(h, residual, self.adapters, role, layer, segments, eps)
         return h, residual
+
+    def residual(self, x: Tensor, residual: Tensor | None, layer: int) -> tuple[Tensor, Tensor | None]:
+        """The stream after a layer, x + residual: as one tensor where adapters act on it."""
+        if (segments := self.overriding) is None or residual is None:
+            return x, residual
+        stream, group = x + residual, SiteGroup((self.spec.residual_sites[layer],), (0,))
+        stream = self.ops.lowrank_add(stream, stream, self.adapters, group, segments)
+        return self.more.output_scale(stream, self.adapters, group, segments), None
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         logits = self.ops.logits(weight, x)

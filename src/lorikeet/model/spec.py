@@ -66,6 +66,12 @@ class ModelSpec:
         keys += [(None, "embed", self.vocab_size, h), (None, "head", h, self.vocab_size)]
         return tuple(Site(i, *key) for i, key in enumerate(keys))
 
+    @cached_property
+    def residual_sites(self) -> tuple[Site, ...]:
+        """The residual stream after each layer; their indices follow those of `sites`."""
+        first, h = len(self.sites), self.hidden_size
+        return tuple(Site(first + layer, layer, "residual", h, h) for layer in range(self.num_layers))
+
     def site(self, layer: int | None, role: str) -> Site:
         """The site of `role` in `layer` (None for embed and head)."""
         if layer is None:
