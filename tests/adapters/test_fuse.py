@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.adapters.test_kinds import KINDS, UNTIED, make
+from tests.adapters.test_kinds import KINDS, UNTIED, make, write_loreft
 from tests.fixtures import AdapterShape, make_adapter, make_checkpoint, oracle, sample_tokens
 
 from lorikeet.adapters import fuse as module
@@ -255,6 +255,9 @@ def test_what_a_checkpoint_cannot_hold_is_refused(checkpoint: Callable[..., Path
     (plain / CONFIG).write_text(json.dumps(config | {"alora_invocation_tokens": [7, 8]}))
     with pytest.raises(AdapterError, match="alora_invocation_tokens: an activated LoRA acts from its invocation on"):
         fuse(model(base), plain, tmp_path / "fused")
+    write_loreft(tmp_path / "reft", 64, [1], 3)
+    with pytest.raises(AdapterError, match="peft_type: 'LOREFT' changes what layers give at some tokens"):
+        fuse(model(base), tmp_path / "reft", tmp_path / "fused")
 
 
 def rewrite(folder: Path, **change: torch.Tensor | None) -> None:

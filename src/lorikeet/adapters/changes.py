@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.files import CONFIG, AdapterFile, Array, LoraConfig
+from lorikeet.adapters.files import CONFIG, AdapterFile, Array, LoraConfig, LoreftConfig
 from lorikeet.adapters.normal import Entry, compile_entries
 from lorikeet.adapters.overrides import Override, compile_overrides
 from lorikeet.adapters.stored import Tensor, Values
@@ -76,6 +76,12 @@ def changes_of(adapter: str, file: AdapterFile, spec: ModelSpec, tensors: Mappin
             f"{adapter}: {CONFIG}: alora_invocation_tokens: an activated LoRA acts from its invocation on",
             hint="weights act everywhere; serve it as an adapter",
             param="alora_invocation_tokens",
+        )
+    if isinstance(config, LoreftConfig):
+        raise AdapterError(
+            f"{adapter}: {CONFIG}: peft_type: 'LOREFT' changes what layers give at some tokens",
+            hint="weights act everywhere; serve it as an adapter",
+            param="peft_type",
         )
     loaded, _ = file.load()
     entries = compile_entries(config, loaded, spec, weights)
