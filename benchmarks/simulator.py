@@ -17,10 +17,12 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec.structs import replace
+from rich.console import Console
 
 from lorikeet.bench import TimedEngine, measure, open_engine
 from lorikeet.config import EngineConfig, parse_size
-from lorikeet.simulate.cost import CostModel
+from lorikeet.simulate.cost import CostModel, StepFeatures
+from lorikeet.simulate.fit import Measurement
 from lorikeet.simulate.run import cost_model
 from lorikeet.simulate.scenario import FittedCost, Poisson, Scenario, check_scenario, read_scenario
 from lorikeet.simulate.simulation import simulate
@@ -38,14 +40,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="nano", choices=NAMES)
     parser.add_argument("--scenario", type=Path, default=SCENARIO)
-    parser.add_argument("--bench", type=Path, help="measured before; default: measure now")
     parser.add_argument(
         "--load", type=float, default=0.4, help="share of the simulated throughput when all come at once"
     )
     parser.add_argument("--runs", type=int, default=3, help="each with its own arrivals; the medians are judged")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, help="of the engine; default: all cores")
-    parser.add_argument("--repeats", type=int, default=1, help="of the bench")
     parser.add_argument("--cache", type=Path, default=default_cache())
     options = parser.parse_args()
 
@@ -54,29 +54,46 @@ def main() -> None:
     folders = base.adapters([options.rank] * scenario.adapters.count)
     config = replace(engine_config(base.model, scenario), threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        bench = options.bench or Path(folder) / "bench.json"
-        if options.bench is None:
-            bursts = replace(config, adapter_memory=None)
-            bench.write_bytes(msgspec.json.encode(measure(bursts, folders, repeats=options.repeats)))
+        file = Path(folder) / "bench.json"
         engine, infos, _ = open_engine(config, folders, Path(folder) / "compiled")
         scenario = replace(
             scenario,
-            cost=FittedCost(file=str(bench)),
+            cost=FittedCost(file=str(file)),
             adapters=replace(scenario.adapters, bytes=[info.nbytes for info in infos]),
             engine=replace(scenario.engine, kv_tokens=engine.sizes.blocks * config.block_size),
         )
         check_scenario(scenario)
-        cost = cost_model(scenario)
+        bursts = Bursts(replace(config, adapter_memory=None), folders, file)
+        cost = bursts.fit(scenario)
         scenario = with_rate(scenario, options.load * capacity(scenario, cost))
-        timed = TimedEngine(engine)
-        runs = []
+        timed, played = TimedEngine(engine), []
         for seed in range(options.runs):
             traffic = draw_traffic(replace(scenario, seed=scenario.seed + seed))
-            measured = play(timed, infos, traffic)
-            told = sum(cost.seconds(f) for f, _ in timed.steps) / sum(seconds for _, seconds in timed.steps)
-            runs.append((measured, simulated_numbers(scenario, cost, traffic), told))
-            report(*runs[-1])
-    conclude([(measured, simulated) for measured, simulated, _ in runs])
+            played.append((traffic, *play(timed, infos, traffic)))
+            cost = bursts.fit(scenario)
+    runs = []
+    for traffic, measured, steps in played:
+        told = sum(cost.seconds(features) for features, _ in steps) / sum(seconds for _, seconds in steps)
+        runs.append((measured, simulated_numbers(scenario, cost, traffic)))
+        report(*runs[-1], told)
+    conclude(runs)
+
+
+class Bursts:
+    """What `lorikeet bench` measures, again before and after each run: the speed of a machine drifts, and the cost
+    model has to be that of the time of the runs. No step of a run is among them."""
+
+    def __init__(self, config: EngineConfig, folders: list[Path], file: Path) -> None:
+        self._config, self._folders, self._file = config, folders, file
+        self._measured: Measurement | None = None
+
+    def fit(self, scenario: Scenario) -> CostModel:
+        """Measure once more, and fit on everything so far."""
+        before = [] if self._measured is None else self._measured.steps
+        new = measure(self._config, self._folders, seed=len(before))
+        self._measured = replace(new, steps=[*before, *new.steps])
+        self._file.write_bytes(msgspec.json.encode(self._measured))
+        return cost_model(scenario, Console(stderr=True))
 
 
 def engine_config(model: str, scenario: Scenario) -> EngineConfig:
@@ -102,7 +119,7 @@ def capacity(scenario: Scenario, cost: CostModel) -> float:
     return float(summarise(flood, simulate(flood, cost))["throughput"]["requests_per_second"])
 
 
-def play(engine: TimedEngine, infos: list[Any], traffic: Traffic) -> Json:
+def play(engine: TimedEngine, infos: list[Any], traffic: Traffic) -> tuple[Json, list[tuple[StepFeatures, float]]]:
     """Send the requests when their time has come, whatever the engine does; step while there is work."""
     draw = np.random.default_rng(0)
     vocabulary = engine.engine.spec.vocab_size
@@ -138,9 +155,9 @@ def play(engine: TimedEngine, infos: list[Any], traffic: Traffic) -> Json:
             last[i] = now
             finished += event.finish is not None
             assert event.error is None, event.error
-    return numbers(
-        traffic, np.array(first), np.array(last), np.array(gaps), len(engine.steps), sum(s for _, s in engine.steps)
-    )
+    steps = list(engine.steps)
+    busy = sum(seconds for _, seconds in steps)
+    return numbers(traffic, np.array(first), np.array(last), np.array(gaps), len(steps), busy), steps
 
 
 def simulated_numbers(scenario: Scenario, cost: CostModel, traffic: Traffic) -> Json:
