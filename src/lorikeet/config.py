@@ -259,6 +259,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 1024
     chunk_tokens: int | None = None  # of prompts, in a step beside running streams; None: so that their gaps stay even
     queue: int = 1024
+    tenant_queue: int | None = None  # requests of one tenant that may wait; None: as `queue`
+    tenant_weights: dict[str, float] = {}  # shares of tenants under contention, 1 where not named
     prefix_cache: bool = True
     allow_lock_mismatch: bool = False
     threads: int | None = None

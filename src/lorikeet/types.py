@@ -89,6 +89,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str | None = None  # content hash of a resolved adapter; None is the base
     task: Task = "generate"
     tenant: str = ""
+    priority: int = 0  # among the requests of its tenant on its adapter the lowest is next
     deadline: float | None = None  # seconds since the epoch
     trace_parent: str | None = None
 

@@ -280,3 +280,19 @@ def test_retry_after_grows_with_the_queue() -> None:
         stage.add(2, 2)
     assert 1.0 <= caught.value.retry_after <= 60.0
     assert "40" in caught.value.message
+
+
+def test_who_came_together_has_first_tokens_together() -> None:
+    """Prompts that were there before the streams began are not held up for them; those that came later are."""
+    stage = Stage(max_seqs=16, step_tokens=64, blocks=400, logit_rows=32)
+    wave = [stage.add(32, 40) for _ in range(8)]
+    for _ in range(4 + 1):
+        stage.step()
+    assert all(stage.made(name) >= 1 for name in wave)
+    late = stage.add(64, 4)
+    plan = stage.step()
+    assert plan.token_count == 8 + 16  # the chunk beside eight streams
+    for _ in range(4):
+        stage.step()
+    assert stage.made(late) >= 1
+    stage.finish()

@@ -75,3 +75,20 @@ def test_what_is_not_there_is_named(server: Hosted) -> None:
     assert do(server, "adapter-00", "polish", 404)["error"]["code"] == "unknown_route"
     base = server.state.models.base.name
     assert "the base" in do(server, base, "unload", 400)["error"]["message"]
+
+
+def test_a_request_has_a_deadline(server: Hosted) -> None:
+    """It ends with what was made by then; the server goes on."""
+    reply = server.post(
+        "/v1/completions",
+        {"model": "adapter-00", "prompt": "the quick", "max_tokens": 100, "n": 8, "ignore_eos": True,
+         "deadline_seconds": 0.02},
+    )  # fmt: skip
+    assert reply.status_code == 504, reply.text
+    error = reply.json()["error"]
+    assert error["code"] == "deadline_exceeded" and "deadline" in error["message"]
+    assert server.complete(model="adapter-00", prompt="the quick", max_tokens=2, priority=-5)["choices"]
+    said = server.post("/v1/completions", {"prompt": "x", "deadline_seconds": 0}).json()["error"]
+    assert "deadline_seconds" in said["message"]
+    said = server.post("/v1/completions", {"prompt": "x", "priority": "high"}).json()["error"]
+    assert "priority" in said["message"]

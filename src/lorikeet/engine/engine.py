@@ -78,6 +78,8 @@ class Engine:
             logit_rows=sizes.logit_rows,
             queue=config.queue,
             prefix_cache=config.prefix_cache,
+            tenant_queue=config.tenant_queue,
+            tenant_weights=config.tenant_weights,
         )
         self._runner = Runner(
             spec,

@@ -1,68 +1,107 @@
-"""Whose turn it is: a queue for each adapter, and how much each has been served. No torch."""
+"""Whose turn it is: a queue for each adapter of each tenant, and how much each has been served. No torch."""
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
 
 from lorikeet.engine.request import Sequence
 
-Key = str | None  # an adapter's digest; None is the base
+PATIENCE = 4096  # tokens that somebody may be ahead of one that waits before he gives way
+
+
+class Key(NamedTuple):
+    """Whose a queue is: a tenant's requests on an adapter's digest (None is the base)."""
+
+    tenant: str
+    adapter: str | None
+
+
+def key_of(sequence: Sequence) -> Key:
+    return Key(sequence.request.tenant, sequence.adapter)
+
+
+class Counters:
+    """Virtual token counters (Sheng et al. 2024, "Fairness in Serving Large Language Models").
+
+    Somebody who comes back after a pause starts level with the least served of those that are here, so that nobody
+    saves up.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[str | None, float] = {}
+        self._active: dict[str | None, int] = {}  # requests that wait or run
+        self._last_left = 0.0  # counter of the one that was here last
+
+    def enter(self, name: str | None) -> None:
+        if name not in self._active:
+            floor = min((self._served[other] for other in self._active), default=self._last_left)
+            self._served[name] = max(self._served.get(name, 0.0), floor)
+        self._active[name] = self._active.get(name, 0) + 1
+
+    def leave(self, name: str | None) -> None:
+        self._active[name] -= 1
+        if self._active[name] == 0:
+            del self._active[name]
+            self._last_left = self._served[name]
+
+    def charge(self, name: str | None, tokens: float) -> None:
+        self._served[name] = self._served.get(name, 0.0) + tokens
+
+    def of(self, name: str | None) -> float:
+        return self._served.get(name, 0.0)
 
 
 class FairQueues:
-    """Waiting sequences in a queue for each adapter, and a virtual token counter for each (Sheng et al. 2024,
-    "Fairness in Serving Large Language Models").
+    """Waiting sequences in a queue for each adapter of each tenant, in it by priority (low first), then by arrival.
 
-    The least served adapter is next. One that comes back after a pause starts level with the least served of those
-    that are here, so that nobody saves up. When an adapter finds no room in the slab, the most over-served resident
-    ones make way: their waiting requests are held back until it is in.
+    The least served tenant is next, of its adapters the least served one. A tenant's tokens count less the larger its
+    weight is. When an adapter finds no room in the slab, the most over-served resident ones make way: their waiting
+    requests are held back until it is in.
     """
 
-    def __init__(self, patience: int = 4096) -> None:
-        self._queues: dict[Key, deque[Sequence]] = {}
-        self._served: dict[Key, int] = {}
-        self._patience = patience  # tokens an adapter may be ahead of one that has no room
-        self._active: dict[Key, int] = {}  # requests that wait or run
-        self._last_left = 0  # counter of the adapter that was here last
+    def __init__(self, weights: Mapping[str, float] | None = None, patience: int = PATIENCE) -> None:
+        self._weights = dict(weights or {})
+        self._patience = patience
+        self._queues: dict[Key, list[Sequence]] = {}
+        self._tenants, self._adapters = Counters(), Counters()
+        self._waiting: dict[str, int] = {}  # requests of a tenant
         self._length = 0
-        self._wants_room: Key = None
+        self._wants_room: str | None = None
         self._giving_way: set[str] = set()
 
     def __len__(self) -> int:
         return self._length
 
+    def waiting_of(self, tenant: str) -> int:
+        return self._waiting.get(tenant, 0)
+
     def enter(self, sequence: Sequence) -> None:
-        """A new request, behind the others of its adapter."""
-        key = sequence.adapter
-        if key not in self._active:
-            floor = min((self._served[other] for other in self._active), default=self._last_left)
-            self._served[key] = max(self._served.get(key, 0), floor)
-        self._active[key] = self._active.get(key, 0) + 1
-        self._queues.setdefault(key, deque()).append(sequence)
-        self._length += 1
+        """A new request."""
+        self._tenants.enter(sequence.request.tenant)
+        self._adapters.enter(sequence.adapter)
+        self.push_back(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """A request has ended, wherever it was."""
-        key = sequence.adapter
-        self._active[key] -= 1
-        if self._active[key] == 0:
-            del self._active[key]
-            self._last_left = self._served[key]
+        self._tenants.leave(sequence.request.tenant)
+        self._adapters.leave(sequence.adapter)
 
     def push_back(self, sequence: Sequence) -> None:
-        """A preempted sequence, back to its place by arrival."""
-        queue = self._queues.setdefault(sequence.adapter, deque())
-        index = next((i for i, other in enumerate(queue) if other.arrival > sequence.arrival), len(queue))
-        queue.insert(index, sequence)
+        """A sequence that waits (again), to its place."""
+        insort(self._queues.setdefault(key_of(sequence), []), sequence, key=_place)
+        tenant = sequence.request.tenant
+        self._waiting[tenant] = self._waiting.get(tenant, 0) + 1
         self._length += 1
 
     def head(self, key: Key) -> Sequence:
         return self._queues[key][0]
 
-    def of(self, key: Key) -> Collection[Sequence]:
-        return self._queues.get(key, ())
+    def of(self, adapter: str) -> list[Sequence]:
+        """All that wait for an adapter."""
+        return [sequence for key, queue in self._queues.items() if key.adapter == adapter for sequence in queue]
 
     def pop(self, key: Key) -> Sequence:
         sequence = self._queues[key][0]
@@ -70,59 +109,84 @@ class FairQueues:
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
-        key = sequence.adapter
+        key = key_of(sequence)
         queue = self._queues[key]
         queue.remove(sequence)
         self._length -= 1
+        self._waiting[key.tenant] -= 1
+        if not self._waiting[key.tenant]:
+            del self._waiting[key.tenant]
         if not queue:
             del self._queues[key]
-            if key == self._wants_room:
+            if key.adapter is not None and key.adapter == self._wants_room and not self.of(key.adapter):
                 self._clear()
 
     def turns(self) -> Iterator[Key]:
-        """Adapters with waiting requests, least served first; one that was served while it had its turn comes again
+        """Queues with waiting requests, the least served first; one that was served while it had its turn comes again
         with its new count, one that was not is passed over."""
-        heap = [(self._served[key], queue[0].arrival, key) for key, queue in self._queues.items()]
+        heap = [(self._rank(key), queue[0].arrival, key) for key, queue in self._queues.items()]
         heapq.heapify(heap)  # arrivals differ, so that keys are never compared
         while heap:
-            _, arrival, key = heapq.heappop(heap)
+            rank, arrival, key = heapq.heappop(heap)
+            if key not in self._queues:
+                continue
+            if (now := self._rank(key)) > rank:  # another queue of its tenant, or of its adapter, was served
+                heapq.heappush(heap, (now, arrival, key))
+                continue
             yield key
             if key in self._queues and self.head(key).arrival != arrival:
-                heapq.heappush(heap, (self._served[key], self.head(key).arrival, key))
+                heapq.heappush(heap, (self._rank(key), self.head(key).arrival, key))
 
-    def charge(self, key: Key, tokens: int) -> None:
-        self._served[key] = self._served.get(key, 0) + tokens
+    def _rank(self, key: Key) -> tuple[float, float]:
+        return self._tenants.of(key.tenant), self._adapters.of(key.adapter)
 
-    def served(self, key: Key) -> int:
-        return self._served.get(key, 0)
+    def rank(self, sequence: Sequence) -> tuple[tuple[float, float], tuple[int, int]]:
+        """Sorts sequences as their turns come."""
+        return self._rank(key_of(sequence)), _place(sequence)
+
+    def charge(self, sequence: Sequence, tokens: int) -> None:
+        tenant = sequence.request.tenant
+        self._tenants.charge(tenant, tokens / self._weights.get(tenant, 1.0))
+        self._adapters.charge(sequence.adapter, tokens)
+
+    def ahead(self, other: Sequence, waiting: Sequence) -> float:
+        """How many tokens further than its patience with others allows the one that waits, `other` has been served."""
+        ours, theirs = key_of(waiting), key_of(other)
+        if ours.tenant != theirs.tenant:
+            return self._tenants.of(theirs.tenant) - self._tenants.of(ours.tenant) - self._patience
+        return self._adapters.of(theirs.adapter) - self._adapters.of(ours.adapter) - self._patience
 
     # --- room in the slab -------------------------------------------------------------------------------------
 
     def wanted(self) -> Collection[str]:
         """Adapters that must not be evicted because requests wait for them."""
-        return {key for key in self._queues if key is not None and key not in self._giving_way}
+        return {key.adapter for key in self._queues if key.adapter is not None} - self._giving_way
 
-    def held_back(self, key: str) -> bool:
-        return key in self._giving_way
+    def held_back(self, adapter: str) -> bool:
+        return adapter in self._giving_way
 
-    def make_way(self, key: str, size: int, movable: Callable[[], Mapping[str, int]]) -> None:
-        """`key` finds no room of `size` bytes: those of the `movable` adapters (with their sizes) that are furthest
+    def make_way(self, adapter: str, size: int, movable: Callable[[], Mapping[str, int]]) -> None:
+        """`adapter` finds no room of `size` bytes: those of the `movable` ones (with their sizes) that are furthest
         ahead of it, if far enough, stop taking requests."""
         if self._wants_room is not None:
             return
-        resident = movable()
-        for other in sorted(resident, key=self.served, reverse=True):
-            if size <= 0 or self.served(other) <= self.served(key) + self._patience:
+        resident, served = movable(), self._adapters.of
+        for other in sorted(resident, key=served, reverse=True):
+            if size <= 0 or served(other) <= served(adapter) + self._patience:
                 break
-            self._wants_room = key
+            self._wants_room = adapter
             self._giving_way.add(other)
             size -= resident[other]
 
-    def made_way(self, key: str) -> None:
-        """`key` has its room."""
-        if key == self._wants_room:
+    def made_way(self, adapter: str) -> None:
+        """`adapter` has its room."""
+        if adapter == self._wants_room:
             self._clear()
 
     def _clear(self) -> None:
         self._wants_room = None
         self._giving_way = set()
+
+
+def _place(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.priority, sequence.arrival

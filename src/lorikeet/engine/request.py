@@ -48,6 +48,8 @@ class Sequence:
     published: int = 0  # blocks offered to the prefix cache
     cached_tokens: int = 0
     admissions: int = 0
+    began: int = -1  # the latest arrival when its first token came
+    queued: int = 0  # the step in which it began to wait
     scored: int = 0  # prompt positions whose next token's logprob is known
     scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     choices: Choices | None = None

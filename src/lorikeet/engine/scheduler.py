@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorikeet.engine.blocks import BlockPool, block_key
@@ -17,6 +18,8 @@ from lorikeet.types import ErrorInfo, Event, FinishReason, SamplingParams, Sched
 FREE_TOKENS = 24  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
 CROWD = 2  # requests without a first token for each that streams, from which the first tokens come first
 LEAST_TOKENS = 12  # of prompts in a step, however many sequences decode
+LONGEST_WAIT = 64  # steps that the next in turn waits before running sequences of over-served others give way
+LOOK_EVERY = 8  # steps
 
 
 @dataclass(slots=True)
@@ -64,8 +67,9 @@ class Scheduler:
     A step decodes every running sequence that can, then goes on with prompts in chunks, then admits waiting
     requests, under `step_tokens` tokens and `logit_rows` rows of logits in all. Beside sequences that decode there are
     only `chunk_tokens` tokens of prompts, so that streams go on evenly, unless far more requests wait for their first
-    token than stream. When blocks run out the latest arrival
-    gives up its place and is recomputed later. A request whose adapter is not resident waits in its own queue.
+    token than stream, or have waited since before the streams began. When blocks run out the latest arrival gives up
+    its place and is recomputed later. A request whose adapter is not resident waits in its own queue. Whoever is next
+    in turn and has waited for LONGEST_WAIT steps takes the place of a sequence whose tenant, or adapter, is far ahead.
     """
 
     def __init__(
@@ -80,13 +84,16 @@ class Scheduler:
         logit_rows: int,
         queue: int,
         prefix_cache: bool = True,
+        tenant_queue: int | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         assert logit_rows > max_seqs and step_tokens >= max_seqs
         self.blocks, self.residency = blocks, residency
         self.block_size, self.step_tokens, self.logit_rows = block_size, step_tokens, logit_rows
         self.chunk_tokens = chunk_tokens
         self.max_seqs, self.queue, self.prefix_cache = max_seqs, queue, prefix_cache
-        self.waiting = FairQueues()
+        self.tenant_queue = queue if tenant_queue is None else tenant_queue
+        self.waiting = FairQueues(tenant_weights)
         self.running: list[Sequence] = []  # by arrival
         self._by_id: dict[str, Sequence] = {}
         self._by_slot: dict[int, Sequence] = {}
@@ -95,6 +102,8 @@ class Scheduler:
         self._events: list[Event] = []
         self._finish_times: deque[float] = deque(maxlen=64)
         self._now = 0.0
+        self._step = 0
+        self._latest = -1  # arrival
         self.preemptions = self.prefill_tokens = self.decode_tokens = self.prefix_hit_tokens = self.finished = 0
 
     # --- requests come and go ---------------------------------------------------------------------------------
@@ -107,7 +116,16 @@ class Scheduler:
                 hint="try again later or serve with a larger --queue",
                 retry_after=self._retry_after(now),
             )
+        tenant = sequence.request.tenant
+        if self.waiting.waiting_of(tenant) >= self.tenant_queue:
+            raise OverloadedError(
+                f"{self.waiting.waiting_of(tenant)} requests of this tenant wait, it may have {self.tenant_queue}",
+                hint="wait for answers before sending more",
+                retry_after=self._retry_after(now),
+            )
         self._by_id[sequence.request.request_id] = sequence
+        self._latest = max(self._latest, sequence.arrival)
+        sequence.queued = self._step
         deadline = sequence.request.deadline
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, sequence.arrival, sequence))
@@ -138,26 +156,62 @@ class Scheduler:
     def schedule(self, now: float) -> Plan:
         """The next step. Follow it by `update` with what came of it."""
         self._now = now
+        self._step += 1
         self._expire(now)
+        self._give_way()
         plan = Plan(token_limit=self.step_tokens)
         preempted = self.preemptions
         self._decode(plan)
         if plan.token_count:
-            plan.token_limit = min(self.step_tokens, plan.token_count + self._beside(plan.token_count))
+            decoding = [self._by_slot[item.slot] for item in plan.sequences]
+            plan.token_limit = min(self.step_tokens, plan.token_count + self._beside(decoding))
         self._prefill(plan)
         if self.preemptions == preempted:  # else the sequence that just gave way would come straight back
             self._admit(plan)
         plan.adapters = self.residency.instructions()
         return plan
 
-    def _beside(self, decoding: int) -> int:
-        """Prompt tokens that a step of `decoding` sequences takes with it."""
+    def _beside(self, decoding: list[Sequence]) -> int:
+        """Prompt tokens that a step of these sequences takes with it."""
         if self.chunk_tokens is not None:
             return self.chunk_tokens
-        prompts = len(self.running) - decoding + min(len(self.waiting), len(self._free_slots))
-        if prompts > CROWD * decoding:
+        count = len(decoding)
+        prompts = len(self.running) - count + min(len(self.waiting), len(self._free_slots))
+        if prompts > CROWD * count or self._owed(decoding):
             return self.step_tokens
-        return max(FREE_TOKENS - decoding, decoding // 2, LEAST_TOKENS)
+        return max(FREE_TOKENS - count, count // 2, LEAST_TOKENS)
+
+    def _owed(self, decoding: list[Sequence]) -> bool:
+        """Whether most streams began when a prompt that still waits was there already: who came together has the
+        first tokens together, and nobody streams at the cost of those."""
+        arrivals = [one.arrival for one in self.running if not one.decodes]
+        if len(self.waiting) and self._free_slots:
+            arrivals.append(self.waiting.head(next(self.waiting.turns())).arrival)
+        if not arrivals:
+            return False
+        oldest = min(arrivals)
+        return 2 * sum(one.began >= oldest for one in decoding) > len(decoding)
+
+    def _give_way(self) -> None:
+        """The next in turn has waited long enough for a place, for blocks, or for those that keep its adapter out of
+        the slab: of these the sequence that is furthest ahead of it, if far enough, waits instead."""
+        if self._step % LOOK_EVERY or not len(self.waiting) or not self.running:
+            return
+        head = self.waiting.head(next(self.waiting.turns()))
+        if self._step - head.queued < LONGEST_WAIT:
+            return
+        in_the_way = self.running
+        place = Place.RESIDENT if head.adapter is None else self.residency.place(head.adapter)
+        if place is Place.RESIDENT:
+            needed = self._blocks_for(len(head.tokens)) + len(self.running)
+            if self._free_slots and needed <= self.blocks.free:
+                return
+        else:
+            in_the_way = [one for one in self.running if one.adapter and self.waiting.held_back(one.adapter)]
+        if place is not Place.LOADING and in_the_way:
+            lead, _, victim = max((self.waiting.ahead(one, head), one.arrival, one) for one in in_the_way)
+            if lead > 0:
+                self._preempt(victim)
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -176,7 +230,7 @@ class Scheduler:
 
     def _prefill(self, plan: Plan) -> None:
         prompts = [sequence for sequence in self.running if not sequence.decodes]
-        prompts.sort(key=lambda sequence: (self.waiting.served(sequence.adapter), sequence.arrival))
+        prompts.sort(key=self.waiting.rank)
         for sequence in prompts:
             count = self._chunk(sequence, plan)
             if count > 0:
@@ -189,7 +243,8 @@ class Scheduler:
         holds up its own queue only.
         """
         stuck = False  # an adapter waits for room in the slab; nobody less deserving may ask before it
-        for adapter in self.waiting.turns():
+        for key in self.waiting.turns():
+            adapter = key.adapter
             if not self._free_slots or plan.token_count >= plan.token_limit:
                 return
             if adapter is not None:
@@ -197,14 +252,14 @@ class Scheduler:
                 stuck |= place is Place.FULL
                 if place is not Place.RESIDENT:
                     continue
-            sequence = self.waiting.head(adapter)
+            sequence = self.waiting.head(key)
             if not self._take_blocks(sequence):
                 return
             count = self._chunk(sequence, plan)
             if count <= 0:
                 self._give_blocks(sequence)
                 return
-            self._start(self.waiting.pop(adapter), plan)
+            self._start(self.waiting.pop(key), plan)
             self._run(sequence, count, plan)
 
     def _place(self, adapter: str, stuck: bool) -> Place:
@@ -248,7 +303,7 @@ class Scheduler:
             sequence.unsent = 0
         plan.token_count += count
         plan.logit_rows += samples + score_stop - score_start
-        self.waiting.charge(sequence.adapter, count)
+        self.waiting.charge(sequence, count)
 
     # --- slots and blocks -------------------------------------------------------------------------------------
 
@@ -331,6 +386,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         sequence.status = Status.WAITING
+        sequence.queued = self._step
         self.waiting.push_back(sequence)
         self.preemptions += 1
 
@@ -404,6 +460,8 @@ class Scheduler:
             finish = "stop" if sequence.choices.done else None
         elif token in sequence.stop_ids:
             finish = "stop"
+        if sequence.began < 0:
+            sequence.began = self._latest
         sequence.tokens += new
         if finish is None and len(sequence.tokens) >= sequence.limit:
             finish = "length"
@@ -454,5 +512,5 @@ class Scheduler:
         self._events.append(self._event(sequence, finish, error, tokens, logprobs))
 
     def _fail_adapter(self, adapter: str, error: ErrorInfo) -> None:
-        for sequence in list(self.waiting.of(adapter)):
+        for sequence in self.waiting.of(adapter):
             self._finish(sequence, "error", error)

@@ -33,6 +33,8 @@ class Job:
     tokens: list[int]
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
+    priority: int = 0
+    deadline: float | None = None  # seconds since the epoch
 
 
 class Top(NamedTuple):
@@ -72,7 +74,7 @@ class Delta:
 
 def make_jobs(
     request_id: str, model: ServedModel, prompts: Sequence[list[int]], sampling: SamplingParams, stop: tuple[str, ...],
-    count: int,
+    count: int, priority: int = 0, deadline: float | None = None,
 ) -> list[Job]:  # fmt: skip
     """`count` completions of every prompt, in the order of the choices; completion i of a prompt has seed + i."""
     assert sampling.seed is not None
@@ -83,6 +85,8 @@ def make_jobs(
             tokens=tokens,
             sampling=replace(sampling, seed=(sampling.seed + i) % 2**63),
             stop=stop,
+            priority=priority,
+            deadline=deadline,
         )
         for p, tokens in enumerate(prompts)
         for i in range(count)
@@ -118,7 +122,10 @@ async def generate(engine: EngineClient, metrics: Metrics, job: Job) -> AsyncGen
     assembler = Assembler(job)
     outcome = "cancelled"
     try:
-        request = Request(request_id=job.request_id, tokens=job.tokens, sampling=job.sampling, adapter=job.model.digest)
+        request = Request(
+            request_id=job.request_id, tokens=job.tokens, sampling=job.sampling, adapter=job.model.digest,
+            priority=job.priority, deadline=job.deadline,
+        )  # fmt: skip
         stream = await engine.submit(request)
         try:
             async for event in stream:

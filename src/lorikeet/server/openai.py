@@ -236,7 +236,9 @@ async def _completion_call(state: ServerState, body: CompletionBody) -> Completi
     prompt_logprobs = body.logprobs if body.echo else None
     sampling = body.sampling(model, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
     call = CompletionCall(state, model, body, prompts, texts)
-    call.jobs = make_jobs(call.id, model, prompts, sampling, stops(body.stop), body.count)
+    call.jobs = make_jobs(
+        call.id, model, prompts, sampling, stops(body.stop), body.count, body.priority or 0, body.deadline
+    )
     return call
 
 
@@ -371,7 +373,9 @@ async def _chat_call(state: ServerState, body: ChatBody) -> ChatCall:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     call = ChatCall(state, model, body, [tokens])
     sampling = body.sampling(model, max_tokens=limit, logprobs=logprobs)
-    call.jobs = make_jobs(call.id, model, [tokens], sampling, stops(body.stop), body.count)
+    call.jobs = make_jobs(
+        call.id, model, [tokens], sampling, stops(body.stop), body.count, body.priority or 0, body.deadline
+    )
     return call
 
 

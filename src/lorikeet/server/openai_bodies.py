@@ -1,12 +1,14 @@
 """Bodies of the OpenAI routes, and how they become sampling parameters.
 
 Beyond the protocol: `top_k`, `min_p`, `ignore_eos`, `guided_choice` (the answer is exactly one of these strings),
-`api_token` (what the source of a `model` such as `hf://org/name` asks for).
+`api_token` (what the source of a `model` such as `hf://org/name` asks for), `priority` (among requests on the same
+model the lowest is next), `deadline_seconds` (after which the request ends with a 504).
 """
 
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -17,6 +19,7 @@ from lorikeet.server.validation import (
     ApiToken,
     Body,
     Count,
+    DeadlineSeconds,
     EmptyListOnly,
     EmptyObjectOnly,
     EmptyTextOnly,
@@ -25,6 +28,7 @@ from lorikeet.server.validation import (
     LogprobCount,
     MaxTokens,
     MinP,
+    Priority,
     Prompt,
     Seed,
     Stop,
@@ -63,6 +67,8 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     guided_choice: GuidedChoice = None
+    priority: Priority | None = None
+    deadline_seconds: DeadlineSeconds | None = None
     user: str | None = None
     frequency_penalty: ZeroOnly = None
     presence_penalty: ZeroOnly = None
@@ -71,6 +77,11 @@ class GenerationBody(Body):
     @property
     def count(self) -> int:
         return self.n or 1
+
+    @property
+    def deadline(self) -> float | None:
+        """In seconds since the epoch."""
+        return None if self.deadline_seconds is None else time.time() + self.deadline_seconds
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:

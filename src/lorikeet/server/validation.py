@@ -196,6 +196,8 @@ Temperature = Annotated[float, Field(ge=0, le=100)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 MinP = Annotated[float, Field(ge=0, le=1)]
 TopK = Annotated[int, Field(ge=-1)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+DeadlineSeconds = Annotated[float, Field(gt=0, le=86_400)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
