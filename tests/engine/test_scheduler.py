@@ -296,3 +296,18 @@ def test_who_came_together_has_first_tokens_together() -> None:
         stage.step()
     assert stage.made(late) >= 1
     stage.finish()
+
+
+def test_under_a_backlog_prompts_wait_in_chunks() -> None:
+    """All that are admitted have waited since before the streams began, because there was no place for them."""
+    stage = Stage(max_seqs=8, step_tokens=64, blocks=800)
+    for i in range(40):
+        stage.add(32, 20 + i % 7)
+    for _ in range(12):
+        stage.step()
+    taken = []
+    while len(stage.scheduler.waiting) > 4:
+        plan = stage.step()
+        taken.append(sum(one.count for one in plan.sequences if one.count > 1))
+    assert max(taken) <= 24, taken
+    stage.finish()

@@ -121,6 +121,10 @@ class FairQueues:
             if key.adapter is not None and key.adapter == self._wants_room and not self.of(key.adapter):
                 self._clear()
 
+    def next(self) -> Sequence:
+        """The one whose turn it is; there must be one that waits."""
+        return min((queue[0] for queue in self._queues.values()), key=self.rank)
+
     def turns(self) -> Iterator[Key]:
         """Queues with waiting requests, the least served first; one that was served while it had its turn comes again
         with its new count, one that was not is passed over."""

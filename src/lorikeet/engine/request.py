@@ -49,6 +49,7 @@ class Sequence:
     cached_tokens: int = 0
     admissions: int = 0
     began: int = -1  # the latest arrival when its first token came
+    found_room: bool = False  # there was a place for it when it came
     queued: int = 0  # the step in which it began to wait
     scored: int = 0  # prompt positions whose next token's logprob is known
     scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])

@@ -125,6 +125,7 @@ class Scheduler:
             )
         self._by_id[sequence.request.request_id] = sequence
         self._latest = max(self._latest, sequence.arrival)
+        sequence.found_room = len(self.waiting) < len(self._free_slots)
         sequence.queued = self._step
         deadline = sequence.request.deadline
         if deadline is not None:
@@ -183,21 +184,23 @@ class Scheduler:
 
     def _owed(self, decoding: list[Sequence]) -> bool:
         """Whether most streams began when a prompt that still waits was there already: who came together has the
-        first tokens together, and nobody streams at the cost of those."""
-        arrivals = [one.arrival for one in self.running if not one.decodes]
+        first tokens together, and nobody streams at the cost of those.
+
+        Prompts that had to wait for a place count for nothing here: under a backlog all have waited long, and the
+        streams must stay even.
+        """
+        prompts = [one for one in self.running if not one.decodes]
         if len(self.waiting) and self._free_slots:
-            arrivals.append(self.waiting.head(next(self.waiting.turns())).arrival)
-        if not arrivals:
-            return False
-        oldest = min(arrivals)
-        return 2 * sum(one.began >= oldest for one in decoding) > len(decoding)
+            prompts.append(self.waiting.next())
+        arrivals = [one.arrival for one in prompts if one.found_room]
+        return bool(arrivals) and 2 * sum(one.began >= min(arrivals) for one in decoding) > len(decoding)
 
     def _give_way(self) -> None:
         """The next in turn has waited long enough for a place, for blocks, or for those that keep its adapter out of
         the slab: of these the sequence that is furthest ahead of it, if far enough, waits instead."""
         if self._step % LOOK_EVERY or not len(self.waiting) or not self.running:
             return
-        head = self.waiting.head(next(self.waiting.turns()))
+        head = self.waiting.next()
         if self._step - head.queued < LONGEST_WAIT:
             return
         in_the_way = self.running
@@ -320,14 +323,14 @@ class Scheduler:
         insort(self.running, sequence, key=lambda running: running.arrival)
         plan.loads.append(
             SlotLoad(
-                sequence.slot,
-                sequence.tokens,
-                list(sequence.blocks),
-                handle,
-                sequence.sampling,
-                sequence.seed,
-                sequence.acts,
-            )  # fmt: skip
+                slot=sequence.slot,
+                tokens=sequence.tokens,
+                blocks=list(sequence.blocks),
+                handle=handle,
+                sampling=sequence.sampling,
+                seed=sequence.seed,
+                acts=sequence.acts,
+            )
         )
 
     def _stop(self, sequence: Sequence) -> None:
