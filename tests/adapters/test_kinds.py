@@ -275,7 +275,7 @@ def test_loreft_is_a_hook_on_the_stream(
     ("change", "message"),
     [
         ({"layers": [7]}, "layers: expected numbers below 3, found 7"),
-        ({"layers": [1]}, "reft.layers.0.rotate: not among|reft.layers.0|has no such module"),
+        ({"layers": [1]}, r"reft\.layers\.0\.\w+: adapter_config\.json says nothing of it"),
         ({"first_positions": 0, "last_positions": 0}, "first_positions: expected a position to act on"),
         ({"r": 5}, r"reft\.layers\.0\.rotate: expected \[64, 5\], found \[64, 4\]"),
         ({"component": "mlp_activation"}, "component: expected no such field, found 'mlp_activation'"),

@@ -117,7 +117,7 @@ Q1 = "model.layers.1.self_attn.q_proj"
         ({(Q1, "magnitude"): (64,)}, r"q_proj\.lora_magnitude_vector: adapter_config\.json says nothing of it"),
         ({(Q1, "B.bias"): (64,)}, r"q_proj\.lora_B\.bias: adapter_config\.json says nothing of it"),
         ({(Q1, "bias"): (64,)}, r"q_proj\.bias: adapter_config\.json says nothing of it"),
-        ({("", "shared_A"): (2, 64)}, "base_model.vera_A|this base"),
+        ({("", "shared_A"): (2, 64)}, r"base_model\.vera_A: adapter_config\.json says nothing of it"),
         ({("model.layers.9.self_attn.q_proj", "A"): (2, 64)}, r"layers\.9\.self_attn\.q_proj: this base .* 3 layers"),
         ({("model.layers.1.mlp.router", "A"): (2, 64)}, r"router: this base .* has no such module"),
         ({("lm_head", "A"): (2, 64)}, r"lm_head: not among the modules"),

@@ -280,7 +280,7 @@ def _check_beside(
         if shape != (outputs,):
             raise AdapterError(f"{WEIGHTS}: {module}.bias: expected {[outputs]}, found {list(shape)}", param=module)
         return
-    if module in targeted:
+    if module in targeted or not module or part.startswith("reft."):
         raise AdapterError(f"{WEIGHTS}: {stored_name(module, part)}: {CONFIG} says nothing of it", param=module)
     if not sites:
         reason = f"this base ({spec.family}, {spec.num_layers} layers) has no such module"
