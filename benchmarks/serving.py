@@ -136,7 +136,7 @@ def _warm(side: Side, setup: Setup, options: Namespace, draw: np.random.Generato
     progress(f"warming {side.name}")
     for n in options.batch:
         side.run(make_clients("base", n, 1, *shape, draw), 2)
-    for start in range(0, options.adapters, rows):
+    for start in range(0, options.adapters, rows) if set(options.case) != {"base"} else ():
         some = range(start, min(start + rows, options.adapters))
         texts = prompts(setup, len(some), options.prompt, draw)
         side.run([[Ask(text, i)] for text, i in zip(texts, some, strict=True)], 2)

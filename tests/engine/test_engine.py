@@ -10,7 +10,7 @@ import torch
 from msgspec.structs import replace
 
 from lorikeet import kernels
-from lorikeet.errors import InvalidRequestError, NotFoundError, OverloadedError, UnsupportedFieldError
+from lorikeet.errors import AdapterInUseError, InvalidRequestError, NotFoundError, OverloadedError, UnsupportedFieldError
 from lorikeet.types import Request, SamplingParams
 
 EOS = 0
@@ -423,3 +423,18 @@ def test_the_base_and_adapters_are_computed_in_one_forward_pass(world: Any, monk
     world.run(engine, requests)
     assert max(sizes) == 12
     assert len(sizes) <= 20
+
+
+def test_loading_by_hand_leaves_what_is_waited_for(world: Any) -> None:
+    """The slab has room for one: a request waits for `wanted`, so `other` is not brought in its place."""
+    wanted, other = world.adapter(1), world.adapter(2)
+    engine = world.engine([wanted, other], slab_bytes=max(wanted.nbytes, other.nbytes) + 64, max_seqs=1)
+    engine.manage("load", wanted.digest)
+    engine.step()
+    engine.add(world.request("runs", world.prompt(1, 8), max_tokens=8))
+    engine.step()
+    engine.add(world.request("waits", world.prompt(2, 8), wanted.digest))
+    with pytest.raises(AdapterInUseError, match="leave no room"):
+        engine.manage("load", other.digest)
+    with pytest.raises(NotFoundError):
+        engine.manage("pin", "unknown")

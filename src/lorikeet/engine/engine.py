@@ -139,7 +139,7 @@ class Engine:
             residency.pin(digest, False)
         elif not residency.fits(digest):
             raise AdapterInUseError("the pinned adapters leave no room for it", hint="unpin or unload some of them")
-        elif residency.ensure(digest) is Place.FULL:
+        elif residency.ensure(digest, keep=self._scheduler.waiting.wanted()) is Place.FULL:
             raise AdapterInUseError("the adapters in use leave no room for it now", hint="try again later")
         elif action == "pin":
             residency.pin(digest)
