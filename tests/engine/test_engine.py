@@ -10,7 +10,13 @@ import torch
 from msgspec.structs import replace
 
 from lorikeet import kernels
-from lorikeet.errors import AdapterInUseError, InvalidRequestError, NotFoundError, OverloadedError, UnsupportedFieldError
+from lorikeet.errors import (
+    AdapterInUseError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnsupportedFieldError,
+)
 from lorikeet.types import Request, SamplingParams
 
 EOS = 0
