@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lorikeet.adapters.compiled import Dtype, compile_adapter
-from lorikeet.adapters.files import CONFIG
+from lorikeet.adapters.configs import CONFIG
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
 from lorikeet.engine.runner import Runner

@@ -19,7 +19,8 @@ from tests.fixtures import make_slab
 
 from lorikeet.adapters.checkpoint import BaseTensors
 from lorikeet.adapters.compiled import ALIGNMENT, bfloat16_bits, compile_adapter, compiled_name, open_compiled, trim
-from lorikeet.adapters.files import CONFIG, WEIGHTS, AdapterFile, Lock, LockedBase, write_lock
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import WEIGHTS, AdapterFile, Lock, LockedBase, write_lock
 from lorikeet.adapters.normal import compile_entries
 from lorikeet.errors import AdapterError, LockMismatchError
 from lorikeet.model.families import load_spec

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorikeet.adapters import download
+from lorikeet.adapters.configs import CONFIG
 from lorikeet.adapters.download import Manifest, RemoteFile, Store
-from lorikeet.adapters.files import CONFIG, LOCK, WEIGHTS
+from lorikeet.adapters.files import LOCK, WEIGHTS
 from lorikeet.adapters.transport import Deadline, TransientError
 from lorikeet.config import SourceConfig
 from lorikeet.errors import AdapterError, DeadlineError, DiskFullError, SourceError

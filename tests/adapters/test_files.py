@@ -15,15 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.fixtures import oracle, sample_tokens
 
+from lorikeet.adapters.configs import CONFIG, LoraConfig
 from lorikeet.adapters.files import (
-    CONFIG,
     LOCK,
     WEIGHTS,
     AdapterFile,
     Lock,
     LockedBase,
     LockedTemplate,
-    LoraConfig,
     check_lock,
     read_lock,
     write_lock,

@@ -19,7 +19,8 @@ from tests.fixtures import AdapterShape, make_adapter, make_checkpoint, oracle, 
 
 from lorikeet.adapters import fuse as module
 from lorikeet.adapters import stored
-from lorikeet.adapters.files import CONFIG, Lock, LockedBase, LockedTemplate, write_lock
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import Lock, LockedBase, LockedTemplate, write_lock
 from lorikeet.adapters.fuse import BaseModel, fuse
 from lorikeet.adapters.safefile import TensorEntry
 from lorikeet.adapters.stored import Tensor

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures import make_adapter, make_batch, make_slab, next_logprobs, oracle, sample_tokens
 
 from lorikeet.adapters.compiled import compile_adapter
-from lorikeet.adapters.files import CONFIG, WEIGHTS
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import WEIGHTS
 from lorikeet.errors import AdapterError
 from lorikeet.kernels.batch import Segments
 from lorikeet.kernels.reference import ReferenceOps
@@ -198,7 +199,7 @@ def test_what_has_no_normal_form_is_refused_by_name(
 ) -> None:
     import shutil
 
-    from lorikeet.adapters.files import read_config
+    from lorikeet.adapters.configs import read_config
 
     folder = Path(shutil.copytree(adapters("llama", 1)[0], tmp_path / "adapter"))
     (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | change))

@@ -19,17 +19,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.fixtures import AdapterShape, make_adapter, oracle
 
-from lorikeet.adapters.files import (
-    CONFIG,
-    AdapterFile,
-    Lock,
-    LockedBase,
-    LockedTemplate,
-    LoraConfig,
-    read_lock,
-    write_lock,
-    write_peft,
-)
+from lorikeet.adapters.configs import CONFIG, LoraConfig
+from lorikeet.adapters.files import AdapterFile, Lock, LockedBase, LockedTemplate, read_lock, write_lock, write_peft
 from lorikeet.adapters.merge import (
     METHODS,
     Source,

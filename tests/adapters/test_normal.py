@@ -13,7 +13,8 @@ from tests.fixtures import make_batch, make_slab, oracle, sample_tokens
 
 from lorikeet.adapters.checkpoint import BaseTensors
 from lorikeet.adapters.compiled import compile_adapter
-from lorikeet.adapters.files import AdapterFile, LoraConfig
+from lorikeet.adapters.configs import LoraConfig
+from lorikeet.adapters.files import AdapterFile
 from lorikeet.adapters.normal import check_adapter, compile_entries
 from lorikeet.errors import AdapterError
 from lorikeet.kernels.reference import ReferenceOps

@@ -12,7 +12,8 @@ import pytest
 from tests.adapters.servers import FileServer, file_server
 
 from lorikeet.adapters import sources
-from lorikeet.adapters.files import CONFIG, WEIGHTS
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import WEIGHTS
 from lorikeet.adapters.references import Credentials
 from lorikeet.adapters.sources import fetch
 from lorikeet.config import SourceConfig

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tests.adapters.servers import FileServer, file_server, publish
 
 from lorikeet.adapters import sources
-from lorikeet.adapters.files import CONFIG, LOCK, WEIGHTS
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import LOCK, WEIGHTS
 from lorikeet.adapters.references import Credentials, Reference, parse
 from lorikeet.adapters.sources import escaping_link, fetch
 from lorikeet.config import SourceConfig

@@ -14,7 +14,8 @@ import pytest
 from tests.adapters.servers import FileServer, file_server, publish
 from tests.server.hosting import Hosted, hosted, own_cache
 
-from lorikeet.adapters.files import CONFIG, WEIGHTS
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import WEIGHTS
 from lorikeet.adapters.references import Credentials, parse
 from lorikeet.config import SourceConfig
 from lorikeet.errors import DeadlineError, LorikeetError, NotFoundError, SourceRefusedError

@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 from tests.train.small import packed_batch
 
-from lorikeet.adapters.files import read_config, read_lock
+from lorikeet.adapters.configs import read_config
+from lorikeet.adapters.files import read_lock
 from lorikeet.errors import ConfigError, DataError
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.model.decoder import forward

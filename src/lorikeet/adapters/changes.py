@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.files import CONFIG, AdapterFile, Array, LoraConfig, LoreftConfig
+from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig
+from lorikeet.adapters.files import AdapterFile, Array
 from lorikeet.adapters.normal import Entry, compile_entries
 from lorikeet.adapters.overrides import Override, compile_overrides
 from lorikeet.adapters.stored import Tensor, Values

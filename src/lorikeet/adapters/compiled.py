@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, LoraConfig, LoreftConfig, check_lock, read_lock
+from lorikeet.adapters.configs import LoraConfig, LoreftConfig
+from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, check_lock, read_lock
 from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
 from lorikeet.adapters.overrides import Override, compile_overrides
 from lorikeet.errors import AdapterError

@@ -49,18 +49,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorikeet import __version__
-from lorikeet.adapters.files import (
-    CONFIG,
-    WEIGHTS,
-    AdapterFile,
-    Array,
-    Lock,
-    LoraConfig,
-    Part,
-    read_lock,
-    stored_name,
-    write_peft,
-)
+from lorikeet.adapters.configs import CONFIG, LoraConfig
+from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, Lock, Part, read_lock, stored_name, write_peft
 from lorikeet.errors import AdapterError, ConfigError, LockMismatchError
 from lorikeet.model.names import FUSED, MODULES
 from lorikeet.types import MergeMethod, MergeSpec, SignMethod

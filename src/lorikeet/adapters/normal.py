@@ -14,18 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.files import (
-    CONFIG,
-    WEIGHTS,
-    AdapterConfig,
-    Array,
-    Ia3Config,
-    LoraConfig,
-    LoreftConfig,
-    Part,
-    VeraConfig,
-    stored_name,
-)
+from lorikeet.adapters.configs import CONFIG, AdapterConfig, Ia3Config, LoraConfig, LoreftConfig, VeraConfig
+from lorikeet.adapters.files import WEIGHTS, Array, Part, stored_name
 from lorikeet.adapters.overrides import check_overrides
 from lorikeet.errors import AdapterError
 from lorikeet.model.names import EMBED, FUSED, HEAD, TARGETS, module_names, module_of, sites_of

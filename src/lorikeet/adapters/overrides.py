@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.files import CONFIG, WEIGHTS, Array, LoraConfig, Part, stored_name
+from lorikeet.adapters.configs import CONFIG, LoraConfig
+from lorikeet.adapters.files import WEIGHTS, Array, Part, stored_name
 from lorikeet.errors import AdapterError
 from lorikeet.model.names import EMBED, HEAD, norm_of
 from lorikeet.model.spec import ModelSpec

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from lorikeet.adapters.files import CONFIG, WEIGHTS
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import WEIGHTS
 from lorikeet.adapters.transport import split_url
 from lorikeet.errors import SourceRefusedError
 

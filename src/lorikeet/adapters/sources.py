@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from lorikeet.adapters.configs import CONFIG
 from lorikeet.adapters.download import (
     CHUNK,
     Chunks,
@@ -31,7 +32,7 @@ from lorikeet.adapters.download import (
     Store,
     pause,
 )
-from lorikeet.adapters.files import CONFIG, LOCK, WEIGHTS
+from lorikeet.adapters.files import LOCK, WEIGHTS
 from lorikeet.adapters.references import Credentials, Kind, Reference, parse
 from lorikeet.adapters.transport import Deadline, Http, Reply, TransientError
 from lorikeet.config import SourceConfig

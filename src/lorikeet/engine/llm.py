@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from msgspec.structs import replace
 
 from lorikeet.adapters.compiled import compile_adapter
-from lorikeet.adapters.files import CONFIG, Signature, read_lock, signature_of
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import Signature, read_lock, signature_of
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
 from lorikeet.errors import ConfigError, InvalidRequestError, LorikeetError, NotFoundError

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorikeet.adapters.files import CONFIG, Signature, signature_of
+from lorikeet.adapters.configs import CONFIG
+from lorikeet.adapters.files import Signature, signature_of
 from lorikeet.adapters.sources import escaping_link
 from lorikeet.errors import ConfigError, NotFoundError
 

@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 
 from lorikeet import __version__
-from lorikeet.adapters.files import Lock, LockedBase, LockedTemplate, LoraConfig, write_peft
+from lorikeet.adapters.configs import LoraConfig
+from lorikeet.adapters.files import Lock, LockedBase, LockedTemplate, write_peft
 from lorikeet.config import AdapterRecipe, TrainRecipe, chosen, read_recipe, resolve_adapters
 from lorikeet.errors import LorikeetError
 from lorikeet.kernels.precision import choose_dtype
