@@ -117,7 +117,7 @@ class ServerSide:
                 link.symlink_to(folder.absolute(), target_is_directory=True)
         self.url = f"http://127.0.0.1:{_free_port()}"
         self._log = (setup.folder / "server.log").open("w+")
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in setup.engine_settings().items()]
+        options = [_flag(name.replace("_", "-"), value) for name, value in setup.engine_settings().items()]
         self._server = subprocess.Popen(
             [sys.executable, "-m", "lorikeet", "serve", "--model", setup.fixture.model, "--adapters", str(self._root),
              "--port", self.url.rsplit(":", 1)[1], *options],
@@ -161,6 +161,12 @@ class ServerSide:
         self._server.kill()
         self._log.seek(0)
         raise SystemExit(f"the server did not get ready:\n{self._log.read()[-3000:]}")
+
+
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 def _free_port() -> int:

@@ -91,7 +91,12 @@ def serve(
             min=1,
         ),
     ] = None,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more get a 429.", min=1)] = 1024,
+    queue: Annotated[
+        int, typer.Option(help="Requests that may wait; of more, those of who has most get a 429.", min=1)
+    ] = 1024,
+    fair: Annotated[
+        bool, typer.Option(help="Adapters take turns by the tokens they were served; else first come, first served.")
+    ] = True,
     drain_seconds: Annotated[float, typer.Option(help="After SIGTERM, how long running requests may take.")] = 30.0,
     allow_lock_mismatch: Annotated[
         bool, typer.Option("--allow-lock-mismatch", help="Serve adapters made for another base or tokenizer.")
@@ -123,6 +128,7 @@ def serve(
         step_tokens=step_tokens,
         chunk_tokens=chunk_tokens,
         queue=queue,
+        fair=fair,
         allow_lock_mismatch=allow_lock_mismatch,
         threads=threads,
     )

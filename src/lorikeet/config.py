@@ -261,6 +261,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     queue: int = 1024
     tenant_queue: int | None = None  # requests of one tenant that may wait; None: as `queue`
     tenant_weights: dict[str, float] = {}  # shares of tenants under contention, 1 where not named
+    fair: bool = True  # tenants, and adapters, take turns; else requests are taken as they come
     prefix_cache: bool = True
     allow_lock_mismatch: bool = False
     threads: int | None = None

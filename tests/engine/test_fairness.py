@@ -92,6 +92,46 @@ def test_a_tenant_fills_its_own_queue_only() -> None:
     stage.finish()
 
 
+def test_a_full_queue_is_full_for_who_fills_it() -> None:
+    """The newest of the noisy one's requests makes room for others, tenants and adapters both; then nobody's does."""
+    stage = Tenants(queue=8)
+    adapter = stage.register("a")
+    noisy = [stage.ask("noisy", 4, 2) for _ in range(8)]
+    with pytest.raises(OverloadedError, match="8 requests are waiting, the queue holds 8"):
+        stage.ask("noisy", 4, 2)
+    others = [stage.ask("calm", 4, 2), stage.ask("noisy", 4, 2, adapter)]
+    stage.finish()
+    refused = [name for name in noisy if (error := stage.events[name][-1].error) and error.code == "overloaded"]
+    assert refused == noisy[-2:]
+    assert all(stage.made(name) == 2 for name in noisy[:-2] + others)
+    assert all(sum(event.finish is not None for event in events) == 1 for events in stage.events.values())
+
+
+def test_whose_stream_has_begun_stays_when_the_queue_is_full() -> None:
+    stage = Tenants(queue=1, blocks=3, max_seqs=2)
+    first, second = stage.ask("a", 4, 6), ""
+    for _ in range(40):
+        stage.step()
+        if not second and stage.scheduler.running:
+            second = stage.ask("a", 4, 6)
+        if stage.scheduler.preemptions:
+            break
+    assert stage.scheduler.preemptions
+    with pytest.raises(OverloadedError):
+        stage.ask("b", 4, 6)
+    stage.finish()
+    assert stage.made(first) == stage.made(second) == 6
+
+
+def test_without_fairness_requests_are_taken_as_they_come() -> None:
+    stage = Tenants(max_seqs=1, queue=9, fair=False)
+    names = [stage.ask("noisy", 4, 3) for _ in range(8)] + [stage.ask("calm", 4, 3)]
+    with pytest.raises(OverloadedError):
+        stage.ask("meek", 4, 3)
+    stage.finish()
+    assert list(stage.events) == names
+
+
 def first_step(stage: Tenants, name: str, limit: int) -> int:
     """Steps until the request has its first token."""
     for count in range(limit):

@@ -79,6 +79,7 @@ class Engine:
             queue=config.queue,
             prefix_cache=config.prefix_cache,
             tenant_queue=config.tenant_queue,
+            fair=config.fair,
             tenant_weights=config.tenant_weights,
         )
         self._runner = Runner(

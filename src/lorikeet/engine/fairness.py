@@ -59,12 +59,13 @@ class FairQueues:
 
     The least served tenant is next, of its adapters the least served one. A tenant's tokens count less the larger its
     weight is. When an adapter finds no room in the slab, the most over-served resident ones make way: their waiting
-    requests are held back until it is in.
+    requests are held back until it is in. Without `fair` nobody's tokens are counted: all are taken as they come.
     """
 
-    def __init__(self, weights: Mapping[str, float] | None = None, patience: int = PATIENCE) -> None:
+    def __init__(self, weights: Mapping[str, float] | None = None, patience: int = PATIENCE, fair: bool = True) -> None:
         self._weights = dict(weights or {})
         self._patience = patience
+        self._fair = fair
         self._queues: dict[Key, list[Sequence]] = {}
         self._tenants, self._adapters = Counters(), Counters()
         self._waiting: dict[str, int] = {}  # requests of a tenant
@@ -121,6 +122,24 @@ class FairQueues:
             if key.adapter is not None and key.adapter == self._wants_room and not self.of(key.adapter):
                 self._clear()
 
+    def surplus(self, newcomer: Sequence) -> Sequence:
+        """Who goes when there is no room for one more: the last of the longest queue of the tenant with most requests
+        (by weight), be it `newcomer`. Nobody who has been given tokens goes."""
+        if not self._fair:
+            return newcomer
+        own = key_of(newcomer)
+
+        def length(key: Key) -> tuple[float, int, bool]:
+            of_tenant = self.waiting_of(key.tenant) + (key.tenant == own.tenant)
+            of_key = len(self._queues.get(key, ())) + (key == own)
+            return of_tenant / self._weights.get(key.tenant, 1.0), of_key, key == own
+
+        longest = max((own, *self._queues), key=length)
+        last = [one for one in self._queues.get(longest, ()) if not one.admissions][-1:]
+        if longest == own:
+            last.append(newcomer)
+        return max(last, key=_place, default=newcomer)
+
     def next(self) -> Sequence:
         """The one whose turn it is; there must be one that waits."""
         return min((queue[0] for queue in self._queues.values()), key=self.rank)
@@ -149,6 +168,8 @@ class FairQueues:
         return self._rank(key_of(sequence)), _place(sequence)
 
     def charge(self, sequence: Sequence, tokens: int) -> None:
+        if not self._fair:
+            return
         tenant = sequence.request.tenant
         self._tenants.charge(tenant, tokens / self._weights.get(tenant, 1.0))
         self._adapters.charge(sequence.adapter, tokens)

@@ -86,6 +86,7 @@ class Scheduler:
         prefix_cache: bool = True,
         tenant_queue: int | None = None,
         tenant_weights: Mapping[str, float] | None = None,
+        fair: bool = True,
     ) -> None:
         assert logit_rows > max_seqs and step_tokens >= max_seqs
         self.blocks, self.residency = blocks, residency
@@ -93,7 +94,7 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.max_seqs, self.queue, self.prefix_cache = max_seqs, queue, prefix_cache
         self.tenant_queue = queue if tenant_queue is None else tenant_queue
-        self.waiting = FairQueues(tenant_weights)
+        self.waiting = FairQueues(tenant_weights, fair=fair)
         self.running: list[Sequence] = []  # by arrival
         self._by_id: dict[str, Sequence] = {}
         self._by_slot: dict[int, Sequence] = {}
@@ -109,13 +110,8 @@ class Scheduler:
     # --- requests come and go ---------------------------------------------------------------------------------
 
     def add(self, sequence: Sequence, now: float) -> None:
-        """Queue a sequence. Raises OverloadedError when the queue is full."""
-        if len(self.waiting) >= self.queue:
-            raise OverloadedError(
-                f"{len(self.waiting)} requests are waiting, the queue holds {self.queue}",
-                hint="try again later or serve with a larger --queue",
-                retry_after=self._retry_after(now),
-            )
+        """Queue a sequence. Raises OverloadedError when the queue is full of those with no more requests in it; else
+        one of theirs goes."""
         tenant = sequence.request.tenant
         if self.waiting.waiting_of(tenant) >= self.tenant_queue:
             raise OverloadedError(
@@ -123,6 +119,8 @@ class Scheduler:
                 hint="wait for answers before sending more",
                 retry_after=self._retry_after(now),
             )
+        if len(self.waiting) >= self.queue:
+            self._turn_away(self.waiting.surplus(sequence), sequence, now)
         self._by_id[sequence.request.request_id] = sequence
         self._latest = max(self._latest, sequence.arrival)
         sequence.found_room = len(self.waiting) < len(self._free_slots)
@@ -131,6 +129,16 @@ class Scheduler:
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, sequence.arrival, sequence))
         self.waiting.enter(sequence)
+
+    def _turn_away(self, surplus: Sequence, newcomer: Sequence, now: float) -> None:
+        error = OverloadedError(
+            f"{len(self.waiting)} requests are waiting, the queue holds {self.queue}",
+            hint="try again later or serve with a larger --queue",
+            retry_after=self._retry_after(now),
+        )
+        if surplus is newcomer:
+            raise error
+        self._finish(surplus, "error", error.info())
 
     def knows(self, request_id: str) -> bool:
         return request_id in self._by_id
