@@ -259,7 +259,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 1024
     chunk_tokens: int | None = None  # of prompts, in a step beside running streams; None: so that their gaps stay even
     queue: int = 1024
-    tenant_queue: int | None = None  # requests of one tenant that may wait; None: as `queue`
+    tenant_queue: int | None = None  # requests of one tenant that may wait; None: as many as `queue` holds
     tenant_weights: dict[str, float] = {}  # shares of tenants under contention, 1 where not named
     fair: bool = True  # tenants, and adapters, take turns; else requests are taken as they come
     prefix_cache: bool = True

@@ -108,19 +108,19 @@ def test_a_full_queue_is_full_for_who_fills_it() -> None:
 
 
 def test_whose_stream_has_begun_stays_when_the_queue_is_full() -> None:
-    stage = Tenants(queue=1, blocks=3, max_seqs=2)
-    first, second = stage.ask("a", 4, 6), ""
+    stage = Tenants(queue=1, blocks=5, max_seqs=2)
+    first, second = stage.ask("a", 4, 12), ""
     for _ in range(40):
         stage.step()
         if not second and stage.scheduler.running:
-            second = stage.ask("a", 4, 6)
+            second = stage.ask("a", 4, 12)
         if stage.scheduler.preemptions:
             break
     assert stage.scheduler.preemptions
     with pytest.raises(OverloadedError):
-        stage.ask("b", 4, 6)
+        stage.ask("b", 4, 12)
     stage.finish()
-    assert stage.made(first) == stage.made(second) == 6
+    assert stage.made(first) == stage.made(second) == 12
 
 
 def test_without_fairness_requests_are_taken_as_they_come() -> None:

@@ -93,7 +93,7 @@ class Scheduler:
         self.block_size, self.step_tokens, self.logit_rows = block_size, step_tokens, logit_rows
         self.chunk_tokens = chunk_tokens
         self.max_seqs, self.queue, self.prefix_cache = max_seqs, queue, prefix_cache
-        self.tenant_queue = queue if tenant_queue is None else tenant_queue
+        self.tenant_queue = tenant_queue
         self.waiting = FairQueues(tenant_weights, fair=fair)
         self.running: list[Sequence] = []  # by arrival
         self._by_id: dict[str, Sequence] = {}
@@ -113,7 +113,7 @@ class Scheduler:
         """Queue a sequence. Raises OverloadedError when the queue is full of those with no more requests in it; else
         one of theirs goes."""
         tenant = sequence.request.tenant
-        if self.waiting.waiting_of(tenant) >= self.tenant_queue:
+        if self.tenant_queue is not None and self.waiting.waiting_of(tenant) >= self.tenant_queue:
             raise OverloadedError(
                 f"{self.waiting.waiting_of(tenant)} requests of this tenant wait, it may have {self.tenant_queue}",
                 hint="wait for answers before sending more",
