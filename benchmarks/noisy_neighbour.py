@@ -22,8 +22,8 @@ from shapes import NAMES, default_cache, fixture
 from worker import progress
 
 EXAMPLES = """examples:
-  python benchmarks/noisy_neighbour.py                                    the embedded base, 9 repeats
-  python benchmarks/noisy_neighbour.py --shape half --seconds 30          a larger base
+  python benchmarks/noisy_neighbour.py                                        a base of 0.39 B, 9 repeats
+  python benchmarks/noisy_neighbour.py --shape nano --max-seqs 32 --clients 32 the embedded base, wide steps
 """
 VICTIMS, VICTIM_LOAD, NEIGHBOUR_LOAD, BAR = 4, 0.2, 2.0, 1.5
 
@@ -110,16 +110,16 @@ def arguments() -> Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--shape", choices=NAMES, default="nano")
+    add("--shape", choices=NAMES, default="half")
     add("--rank", type=int, default=16)
     add("--repeats", type=int, default=9)
-    add("--seconds", type=float, default=10.0, help="of arrivals, each time")
-    add("--clients", type=int, default=32, help="of the closed loop that finds the capacity")
-    add("--capacity-requests", type=int, default=512)
-    add("--max-seqs", type=int, default=32, help="of the server")
-    add("--queue", type=int, default=128, help="of the server")
+    add("--seconds", type=float, default=20.0, help="of arrivals, each time")
+    add("--clients", type=int, default=8, help="of the closed loop that finds the capacity")
+    add("--capacity-requests", type=int, default=64)
+    add("--max-seqs", type=int, default=8, help="of the server")
+    add("--queue", type=int, default=32, help="of the server")
     add("--prompt", type=int, default=64, help="tokens")
-    add("--new", type=int, default=32, help="tokens")
+    add("--new", type=int, default=64, help="tokens")
     add("--cache", type=Path, default=default_cache(), help="where the files are kept [%(default)s]")
     add("--seed", type=int, default=0)
     return parser.parse_args()
