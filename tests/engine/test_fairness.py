@@ -12,7 +12,7 @@ from tests.engine.test_scheduler import Stage
 from lorikeet.engine.blocks import root_key
 from lorikeet.engine.fairness import FairQueues
 from lorikeet.engine.request import Sequence
-from lorikeet.engine.scheduler import LONGEST_WAIT, LOOK_EVERY
+from lorikeet.engine.scheduler import LONGEST_WAIT, LOOK_EVERY, SHORT_WAIT
 from lorikeet.errors import OverloadedError
 from lorikeet.types import Request, SamplingParams
 
@@ -171,12 +171,52 @@ def test_an_adapter_that_the_slab_has_no_room_for_comes_in_within_a_bound() -> N
 
 def test_nobody_gives_way_to_one_that_is_not_behind() -> None:
     stage = Tenants(max_seqs=2, patience=10_000, blocks=2000)
-    for _ in range(2):
-        stage.ask("noisy", 4, 300)
+    stage.ask("noisy", 4, 300)
+    stage.ask("other", 4, 300)
     stage.step()
     stage.ask("calm", 4, 2)
     stage.finish()
     assert stage.scheduler.preemptions == 0
+
+
+@pytest.mark.parametrize("by", ["tenant", "adapter"])
+def test_places_are_shared_soon(by: str) -> None:
+    """One who holds all places, with more to come, gives up as many as another can use, but no more than half."""
+    stage = Tenants(max_seqs=4, slab=9, blocks=2000)
+    busy, calm = (stage.register("busy"), stage.register("calm")) if by == "adapter" else (None, None)
+    stage.ask("", 4, 2, calm)  # so that its adapter is there
+    stage.finish()
+    noisy = [stage.ask("" if calm else "noisy", 4, 300, busy) for _ in range(8)]
+    for _ in range(9):
+        stage.step()
+    asked = stage.steps
+    first = stage.ask("" if calm else "calm", 4, 3, calm)
+    while not stage.made(first):
+        stage.step()
+    assert stage.steps - asked <= SHORT_WAIT + LOOK_EVERY + 2
+    others = [stage.ask("" if calm else "calm", 4, 100, calm) for _ in range(6)]
+    for _ in range(60):
+        stage.step()
+    mine = [one.request.request_id in others for one in stage.scheduler.running]
+    assert mine.count(True) == mine.count(False) == 2
+    preemptions = stage.scheduler.preemptions
+    for _ in range(30):
+        stage.step()
+    assert stage.scheduler.preemptions == preemptions <= 3
+    stage.finish()
+    assert {stage.made(name) for name in noisy} == {300} and {stage.made(name) for name in others} == {100}
+
+
+def test_a_tenant_with_weight_keeps_more_places() -> None:
+    stage = Tenants(max_seqs=4, blocks=2000, tenant_weights={"gold": 3.0})
+    for _ in range(4):
+        stage.ask("gold", 4, 200)
+    stage.step()
+    for _ in range(4):
+        stage.ask("plain", 4, 200)
+    for _ in range(40):
+        stage.step()
+    assert sorted(one.request.tenant for one in stage.scheduler.running) == ["gold"] * 3 + ["plain"]
 
 
 @settings(max_examples=200, deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -181,6 +182,26 @@ class FairQueues:
             return self._tenants.of(theirs.tenant) - self._tenants.of(ours.tenant) - self._patience
         return self._adapters.of(theirs.adapter) - self._adapters.of(ours.adapter) - self._patience
 
+    def crowding(self, running: Collection[Sequence], head: Sequence) -> Sequence | None:
+        """The latest of the tenant that has most places, by weight, or of the adapter that has most of its tenant's,
+        where one place less would still be no fewer than `head`'s with one more."""
+        if not self._fair:
+            return None
+        tenants = Counter(one.request.tenant for one in running)
+        keys = Counter(key_of(one) for one in running)
+        own, weight = key_of(head), self._weights.get(head.request.tenant, 1.0)
+
+        def over(key: Key) -> tuple[bool, float, int]:
+            """Whether places of this queue are to be given away, and which ones first."""
+            share = self._weights.get(key.tenant, 1.0)
+            if key.tenant == own.tenant:
+                return keys[key] - 1 > keys[own], tenants[key.tenant] / share, keys[key]
+            others = (tenants[key.tenant] - 1) / share >= (tenants[own.tenant] + 1) / weight
+            return others, tenants[key.tenant] / share, keys[key]
+
+        crowd = max(keys, key=over)
+        return max((one for one in running if key_of(one) == crowd), key=_arrival) if over(crowd)[0] else None
+
     # --- room in the slab -------------------------------------------------------------------------------------
 
     def wanted(self) -> Collection[str]:
@@ -211,6 +232,10 @@ class FairQueues:
     def _clear(self) -> None:
         self._wants_room = None
         self._giving_way = set()
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival
 
 
 def _place(sequence: Sequence) -> tuple[int, int]:

@@ -19,7 +19,8 @@ FREE_TOKENS = 24  # up to so many tokens a step takes hardly longer: it waits fo
 CROWD = 2  # requests without a first token for each that streams, from which the first tokens come first
 LEAST_TOKENS = 12  # of prompts in a step, however many sequences decode
 LONGEST_WAIT = 64  # steps that the next in turn waits before running sequences of over-served others give way
-LOOK_EVERY = 8  # steps
+SHORT_WAIT = 4  # steps, before somebody with two places more gives way
+LOOK_EVERY = 4  # steps
 
 
 @dataclass(slots=True)
@@ -205,21 +206,24 @@ class Scheduler:
 
     def _give_way(self) -> None:
         """The next in turn has waited long enough for a place, for blocks, or for those that keep its adapter out of
-        the slab: of these the sequence that is furthest ahead of it, if far enough, waits instead."""
+        the slab. Of places, whoever has two more than it gives one soon; in the end the sequence that is furthest ahead
+        of it, if far enough, waits instead."""
         if self._step % LOOK_EVERY or not len(self.waiting) or not self.running:
             return
         head = self.waiting.next()
-        if self._step - head.queued < LONGEST_WAIT:
-            return
+        waited = self._step - head.queued
         in_the_way = self.running
         place = Place.RESIDENT if head.adapter is None else self.residency.place(head.adapter)
         if place is Place.RESIDENT:
             needed = self._blocks_for(len(head.tokens)) + len(self.running)
             if self._free_slots and needed <= self.blocks.free:
                 return
+            if not self._free_slots and waited >= SHORT_WAIT and (one := self.waiting.crowding(self.running, head)):
+                self._preempt(one)
+                return
         else:
             in_the_way = [one for one in self.running if one.adapter and self.waiting.held_back(one.adapter)]
-        if place is not Place.LOADING and in_the_way:
+        if waited >= LONGEST_WAIT and place is not Place.LOADING and in_the_way:
             lead, _, victim = max((self.waiting.ahead(one, head), one.arrival, one) for one in in_the_way)
             if lead > 0:
                 self._preempt(victim)
