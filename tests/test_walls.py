@@ -22,6 +22,7 @@ GROUND = {
     "adapters.configs",
     "adapters.files",
     "adapters.fields",
+    "adapters.foreign",
     "adapters.safefile",
 }
 # room -> rooms (or modules) it may import besides itself and the ground

@@ -14,6 +14,7 @@ import numpy as np
 from lorikeet.adapters.checkpoint import BaseTensors
 from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig
 from lorikeet.adapters.files import AdapterFile, Array
+from lorikeet.adapters.foreign import check_not_reordered
 from lorikeet.adapters.normal import Entry, compile_entries
 from lorikeet.adapters.overrides import Override, compile_overrides
 from lorikeet.adapters.stored import Tensor, Values
@@ -84,6 +85,7 @@ def changes_of(adapter: str, file: AdapterFile, spec: ModelSpec, tensors: Mappin
             hint="weights act everywhere; serve it as an adapter",
             param="peft_type",
         )
+    check_not_reordered(file.folder / CONFIG, file.shapes, spec.family)
     loaded, _ = file.load()
     entries = compile_entries(config, loaded, spec, weights)
     overrides = compile_overrides(config, loaded, spec, weights) if isinstance(config, LoraConfig) else []

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.configs import LoraConfig, LoreftConfig
+from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig
 from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, check_lock, read_lock
+from lorikeet.adapters.foreign import check_not_reordered
 from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
 from lorikeet.adapters.overrides import Override, compile_overrides
 from lorikeet.errors import AdapterError
@@ -122,6 +123,7 @@ def compile_adapter(
         check_lock(lock, base)
     with AdapterFile(folder) as file:
         check_adapter(file.config, file.shapes, spec)  # before any data is read
+        check_not_reordered(folder / CONFIG, file.shapes, spec.family)
         tensors, digest = file.load()
         path = cache / compiled_name(digest, base, dtype)
         if path.exists():

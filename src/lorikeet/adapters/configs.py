@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorikeet.adapters.fields import field_error, refuse_unsupported
+from lorikeet.adapters.foreign import check_not_pissa, missing_config
 from lorikeet.adapters.safefile import unique_pairs
 from lorikeet.errors import AdapterError
 
@@ -136,6 +137,7 @@ def _names(wanted: str | tuple[str, ...], module: str) -> bool:
 
 def read_config(folder: Path) -> AdapterConfig:
     """`adapter_config.json`, every field handled, known to be irrelevant, or refused by name (AdapterError)."""
+    check_not_pissa(folder)
     raw = _read_json(folder / CONFIG)
     kind = refuse_unsupported(raw, CONFIG)
     if kind == "LOREFT":
@@ -232,7 +234,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise AdapterError(f"{path.name}: {path.stat().st_size} bytes, expected at most {_MAX_JSON}")
         value = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_pairs)
     except FileNotFoundError:
-        raise AdapterError(f"{path.parent.name}: {path.name} is missing", hint=f"the folder is {path.parent}") from None
+        raise missing_config(path.parent, path.name) from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path.name}: cannot be read as JSON: {error}", hint=f"the file is {path}") from error
     if not isinstance(value, dict):

@@ -26,6 +26,7 @@ from lorikeet.adapters.configs import (
     peft_fields,
     read_config,
 )
+from lorikeet.adapters.foreign import missing_weights, unwrapped
 from lorikeet.adapters.safefile import SafeFile, TensorEntry
 from lorikeet.errors import AdapterError, LockMismatchError
 from lorikeet.types import BaseIdentity
@@ -41,7 +42,6 @@ Part = Literal[
 ]  # fmt: skip
 Array = NDArray[np.float32]
 
-_PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.ckpt", "adapter_model.pkl")
 _REFT = re.compile(r"reft\.layers\.(?P<layer>\d+)\.(?P<part>rotate|weight|bias)")
 _SHARED: dict[str, Part] = {"base_model.vera_A": "shared_A", "base_model.vera_B": "shared_B"}
 _SUFFIXES: dict[Part, str] = {
@@ -73,11 +73,7 @@ class AdapterFile:
         self.config = read_config(folder)
         path = folder / WEIGHTS
         if not path.exists():
-            pickled = next((name for name in _PICKLED if (folder / name).exists()), None)
-            if pickled is not None:
-                hint = "save the adapter with safe_serialization=True"
-                raise AdapterError(f"{pickled}: pickled weights are not loaded, they can run code", hint=hint)
-            raise AdapterError(f"{folder.name}: {WEIGHTS} is missing", hint=f"the folder is {folder}", param=WEIGHTS)
+            raise missing_weights(folder, WEIGHTS)
         self._file = SafeFile(path)
         try:
             self._entries = self._parse_names()
@@ -123,6 +119,7 @@ class AdapterFile:
 
 def parse_name(name: str) -> tuple[str, Part]:
     """What a tensor of the file is: (module of the base, part of it). AdapterError for a name that is not known."""
+    name = unwrapped(name)
     if name in _SHARED:
         return "", _SHARED[name]
     if (reft := _REFT.fullmatch(name)) is not None:

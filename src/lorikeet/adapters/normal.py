@@ -271,7 +271,12 @@ def _check_beside(
             raise AdapterError(f"{WEIGHTS}: {module}.bias: expected {[outputs]}, found {list(shape)}", param=module)
         return
     if module in targeted or not module or part.startswith("reft."):
-        raise AdapterError(f"{WEIGHTS}: {stored_name(module, part)}: {CONFIG} says nothing of it", param=module)
+        hint = None
+        if part == "magnitude":
+            hint = 'torchtune leaves "use_dora": true out of the config of a DoRA; put it there'
+        raise AdapterError(
+            f"{WEIGHTS}: {stored_name(module, part)}: {CONFIG} says nothing of it", hint=hint, param=module
+        )
     if not sites:
         reason = f"this base ({spec.family}, {spec.num_layers} layers) has no such module"
     else:
