@@ -71,6 +71,8 @@ HOMES: dict[str, set[str]] = {
     "s3fs": {"adapters/sources.py"},
     "gcsfs": {"adapters/sources.py"},
     "adlfs": {"adapters/sources.py"},
+    "sqlalchemy": {"registry/"},
+    "alembic": {"registry/"},
     "typer": {"cli.py"},
     "zmq": {"engine/"},
     "peft": set(),
@@ -104,6 +106,7 @@ NO_TORCH = [
     "lorikeet.server.app",
     "lorikeet.server.serve",
     "lorikeet.evals.harness",
+    "lorikeet.registry.catalog",
     "lorikeet.simulate.run",
     "lorikeet.simulate.fit",
 ]

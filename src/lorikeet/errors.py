@@ -112,6 +112,19 @@ class LockMismatchError(LorikeetError):
     status = 409
 
 
+class ConflictError(LorikeetError):
+    """What is asked for contradicts what is there."""
+
+    code = "conflict"
+    status = 409
+
+
+class LeaseLostError(ConflictError):
+    """Somebody else runs the job now, or nobody."""
+
+    code = "lease_lost"
+
+
 class ModelError(LorikeetError):
     """A base checkpoint that cannot be loaded: unsupported field, missing or misshapen tensor."""
 

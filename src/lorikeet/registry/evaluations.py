@@ -1,0 +1,87 @@
+"""Results of evaluations, by version and by task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select, true
+from sqlalchemy.orm import Session
+
+from lorikeet.registry.audit import checked_limit, log_change, not_found, to_record
+from lorikeet.registry.database import Part, change, query
+from lorikeet.registry.records import Actor, Evaluation
+from lorikeet.registry.schema import DatasetRow, EvaluationRow, VersionRow
+from lorikeet.registry.versions import find_version
+
+
+class Evaluations(Part):
+    @change
+    def add(
+        self,
+        session: Session,
+        who: Actor,
+        *,
+        base: str,
+        task: str,
+        metric: str,
+        n: int,
+        score: float,
+        interval: tuple[float, float] | None = None,
+        version_id: str | None = None,
+        dataset_id: str | None = None,
+        job_id: str | None = None,
+        result: dict[str, Any] | None = None,
+    ) -> Evaluation:
+        """One result: of a version, or of the base alone. The same of the same job again is the one that is there."""
+        if version_id is not None:
+            find_version(session, who, version_id)
+        if dataset_id is not None:
+            data = session.get(DatasetRow, dataset_id)
+            if data is None or data.tenant_id != who.tenant:
+                raise not_found("dataset", dataset_id)
+        if job_id is not None:
+            same = (EvaluationRow.job_id == job_id, EvaluationRow.task == task, EvaluationRow.metric == metric)
+            of_it = EvaluationRow.version_id.is_(None) if version_id is None else EvaluationRow.version_id == version_id
+            there = session.scalar(select(EvaluationRow).where(EvaluationRow.tenant_id == who.tenant, of_it, *same))
+            if there is not None:
+                return to_record(Evaluation, there)
+        low, high = interval or (None, None)
+        row = EvaluationRow(
+            tenant_id=who.tenant, version_id=version_id, job_id=job_id, dataset_id=dataset_id, base=base, task=task,
+            metric=metric, n=n, score=score, low=low, high=high, result=result or {}, created=self._now,
+            created_by=who.name,
+        )  # fmt: skip
+        session.add(row)
+        session.flush()
+        log_change(session, who, self._now, "evaluation.add", row.id, task, version=version_id, score=score)
+        return to_record(Evaluation, row)
+
+    @query
+    def find(
+        self,
+        session: Session,
+        who: Actor,
+        *,
+        version_id: str | None = None,
+        task: str | None = None,
+        job_id: str | None = None,
+        limit: int = 1000,
+    ) -> list[Evaluation]:
+        """Newest first; those of living versions and of bases, as far as the actor may use them."""
+        alive = EvaluationRow.version_id.is_(None) | VersionRow.deleted.is_(None)
+        granted: Any = true()
+        if who.repositories is not None:
+            mine = VersionRow.repository_id.in_(sorted(who.repositories))
+            granted = EvaluationRow.version_id.is_(None) | mine
+        wanted = (
+            select(EvaluationRow)
+            .outerjoin(VersionRow, VersionRow.id == EvaluationRow.version_id)
+            .where(EvaluationRow.tenant_id == who.tenant, alive, granted)
+            .order_by(EvaluationRow.created.desc(), EvaluationRow.id)
+        )
+        for column, value in (
+            (EvaluationRow.version_id, version_id), (EvaluationRow.task, task), (EvaluationRow.job_id, job_id),
+        ):  # fmt: skip
+            if value is not None:
+                wanted = wanted.where(column == value)
+        return [to_record(Evaluation, row) for row in session.scalars(wanted.limit(checked_limit(limit)))]

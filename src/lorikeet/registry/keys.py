@@ -1,0 +1,250 @@
+"""Tenants, users, and the keys by which the server knows them."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+
+import msgspec
+from sqlalchemy import Select, delete, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from lorikeet.errors import ConflictError, InvalidRequestError
+from lorikeet.registry.audit import log_change, not_found, to_record
+from lorikeet.registry.database import Part, change, query
+from lorikeet.registry.records import Actor, Key, Role, Tenant, Usage, User
+from lorikeet.registry.references import check_name
+from lorikeet.registry.repositories import find_repository
+from lorikeet.registry.schema import GrantRow, KeyRow, RepositoryRow, TenantRow, UsageRow, UserRow
+
+MARK = "lk_"  # what a key begins with, so that scanners for leaked secrets find it
+SHOWN = 10  # characters of a key that may be shown
+TOUCH_SECONDS = 60.0  # how exactly `last_used` is kept
+DAY = 86_400.0
+ROLES: tuple[Role, ...] = ("admin", "trainer", "user")
+
+
+class People(Part):
+    @change
+    def create_tenant(self, session: Session, who: Actor, name: str) -> Tenant:
+        """Raises `ConflictError` when the name is taken."""
+        check_name(name)
+        if session.scalar(select(TenantRow.id).where(TenantRow.name == name)) is not None:
+            raise ConflictError(f"a tenant {name!r} is there already", hint="choose another name", param="name")
+        row = TenantRow(name=name, created=self._now)
+        session.add(row)
+        session.flush()
+        log_change(session, who, self._now, "tenant.create", row.id, name)
+        return to_record(Tenant, row)
+
+    @query
+    def tenant(self, session: Session, name_or_id: str) -> Tenant:
+        row = session.scalar(select(TenantRow).where((TenantRow.name == name_or_id) | (TenantRow.id == name_or_id)))
+        if row is None:
+            raise not_found("tenant", name_or_id, param="tenant")
+        return to_record(Tenant, row)
+
+    @query
+    def tenants(self, session: Session) -> list[Tenant]:
+        return [to_record(Tenant, row) for row in session.scalars(select(TenantRow).order_by(TenantRow.name))]
+
+    @change
+    def create_user(
+        self, session: Session, who: Actor, name: str, role: Role = "user", email: str | None = None
+    ) -> User:
+        """A user of the actor's tenant. Raises `ConflictError` when the name is taken."""
+        check_name(name)
+        _check_role(role)
+        if session.scalar(_users(who, name)) is not None:
+            raise ConflictError(f"a user {name!r} is there already", hint="choose another name", param="name")
+        row = UserRow(tenant_id=who.tenant, name=name, email=email, role=role, created=self._now)
+        session.add(row)
+        session.flush()
+        log_change(session, who, self._now, "user.create", row.id, name, role=role)
+        return to_record(User, row)
+
+    @query
+    def user(self, session: Session, who: Actor, name: str) -> User:
+        row = session.scalar(_users(who, name))
+        if row is None:
+            raise not_found("user", name, param="user")
+        return to_record(User, row)
+
+    @query
+    def users(self, session: Session, who: Actor) -> list[User]:
+        rows = session.scalars(select(UserRow).where(UserRow.tenant_id == who.tenant).order_by(UserRow.name))
+        return [to_record(User, row) for row in rows]
+
+    @change
+    def disable_user(self, session: Session, who: Actor, name: str, disabled: bool = True) -> User:
+        """The keys of a disabled user open nothing. False takes it back."""
+        row = session.scalar(_users(who, name).with_for_update())
+        if row is None:
+            raise not_found("user", name, param="user")
+        if (row.disabled is not None) != disabled:
+            row.disabled = self._now if disabled else None
+            log_change(session, who, self._now, "user.disable" if disabled else "user.enable", row.id, name)
+        return to_record(User, row)
+
+
+class Keys(Part):
+    @change
+    def create(
+        self,
+        session: Session,
+        who: Actor,
+        name: str,
+        role: Role = "user",
+        *,
+        user: str | None = None,
+        repositories: Iterable[str] | None = None,
+        expires: float | None = None,
+        requests_per_minute: int | None = None,
+        tokens_per_day: int | None = None,
+    ) -> tuple[Key, str]:
+        """A key of the actor's tenant, and the key itself, which is shown this once.
+
+        `repositories`: the names of those it may use; None is all. Raises `NotFoundError`, `InvalidRequestError`.
+        """
+        check_name(name)
+        _check_role(role)
+        for field, limit in (("requests_per_minute", requests_per_minute), ("tokens_per_day", tokens_per_day)):
+            if limit is not None and limit < 1:
+                raise InvalidRequestError(f"{field}: found {limit}; expected 1 or more, or none", param=field)
+        if expires is not None and expires <= self._now:
+            raise InvalidRequestError("expires: found a time that has passed", param="expires")
+        owner = None if user is None else session.scalar(_users(who, user))
+        if user is not None and owner is None:
+            raise not_found("user", user, param="user")
+        secret = MARK + secrets.token_urlsafe(32)
+        row = KeyRow(
+            tenant_id=who.tenant, user_id=None if owner is None else owner.id, name=name, hash=hash_key(secret),
+            prefix=secret[:SHOWN], role=role, every_repository=repositories is None,
+            requests_per_minute=requests_per_minute, tokens_per_day=tokens_per_day, created=self._now,
+            created_by=who.name, expires=expires,
+        )  # fmt: skip
+        session.add(row)
+        session.flush()
+        for one in sorted(set(repositories or ())):
+            home = find_repository(session, who, one)
+            session.add(GrantRow(key_id=row.id, repository_id=home.id, created=self._now))
+        log_change(session, who, self._now, "key.create", row.id, name, prefix=row.prefix, role=role)
+        return to_record(Key, row), secret
+
+    @query
+    def authenticate(self, session: Session, secret: str) -> tuple[Actor, Key] | None:
+        """Who holds this key; None for one that is unknown, expired, revoked, or of a disabled user.
+
+        The hash is looked up, not compared: how long that takes says nothing of a key.
+        """
+        joined = select(KeyRow, UserRow).outerjoin(UserRow, UserRow.id == KeyRow.user_id)
+        found = session.execute(joined.where(KeyRow.hash == hash_key(secret))).first()
+        if found is None:
+            return None
+        row, user = found
+        expired = row.expires is not None and row.expires <= self._now
+        if expired or row.revoked is not None or (user is not None and user.disabled is not None):
+            return None
+        repositories = None
+        if not row.every_repository:
+            repositories = frozenset(session.scalars(select(GrantRow.repository_id).where(GrantRow.key_id == row.id)))
+        name = f"key:{row.name}" if user is None else f"user:{user.name}"
+        actor = Actor(
+            tenant=row.tenant_id, name=name, role=msgspec.convert(row.role, Role), key_id=row.id, user_id=row.user_id,
+            repositories=repositories,
+        )  # fmt: skip
+        return actor, to_record(Key, row)
+
+    @query
+    def exist(self, session: Session) -> bool:
+        """Whether there is a key at all that opens something."""
+        open_ = (KeyRow.revoked.is_(None), KeyRow.expires.is_(None) | (KeyRow.expires > self._now))
+        return session.scalar(select(KeyRow.id).where(*open_).limit(1)) is not None
+
+    @query
+    def all(self, session: Session, who: Actor) -> list[Key]:
+        """The tenant's, newest first, revoked ones too."""
+        rows = session.scalars(
+            select(KeyRow).where(KeyRow.tenant_id == who.tenant).order_by(KeyRow.created.desc(), KeyRow.id)
+        )
+        return [to_record(Key, row) for row in rows]
+
+    @query
+    def grants(self, session: Session, who: Actor, key_id: str) -> list[str] | None:
+        """The names of the repositories that a key may use; None: all."""
+        row = _key(session, who, key_id)
+        if row.every_repository:
+            return None
+        names = select(RepositoryRow.name).join(GrantRow, GrantRow.repository_id == RepositoryRow.id)
+        alive = names.where(GrantRow.key_id == key_id, RepositoryRow.deleted.is_(None))
+        return [*session.scalars(alive.order_by(RepositoryRow.name))]
+
+    @change
+    def grant(self, session: Session, who: Actor, key_id: str, repositories: Iterable[str] | None) -> Key:
+        """Let a key use exactly these repositories, by name; None: all."""
+        row = _key(session, who, key_id)
+        session.execute(delete(GrantRow).where(GrantRow.key_id == row.id))
+        row.every_repository = repositories is None
+        names = sorted(set(repositories or ()))
+        for one in names:
+            home = find_repository(session, who, one)
+            session.add(GrantRow(key_id=row.id, repository_id=home.id, created=self._now))
+        said = None if row.every_repository else names
+        log_change(session, who, self._now, "key.grant", row.id, row.name, repositories=said)
+        return to_record(Key, row)
+
+    @change
+    def revoke(self, session: Session, who: Actor, key_id: str) -> Key:
+        """It opens nothing from the next request on."""
+        row = _key(session, who, key_id)
+        if row.revoked is None:
+            row.revoked = self._now
+            log_change(session, who, self._now, "key.revoke", row.id, row.name)
+        return to_record(Key, row)
+
+    # --- usage: counted, not audited --------------------------------------------------------------------------------
+
+    @change
+    def spend(self, session: Session, key_id: str, *, requests: int = 0, tokens: int = 0) -> Usage:
+        """Add to what a key used today, and note that it was used."""
+        day = int(self._now // DAY)
+        insert = sqlite.insert if self._database.is_sqlite else postgresql.insert
+        fresh = insert(UsageRow).values(key_id=key_id, day=day, requests=requests, tokens=tokens)
+        sums = {"requests": UsageRow.requests + requests, "tokens": UsageRow.tokens + tokens}
+        session.execute(fresh.on_conflict_do_update(index_elements=["key_id", "day"], set_=sums))
+        row = session.get_one(KeyRow, key_id)
+        if row.last_used is None or self._now - row.last_used > TOUCH_SECONDS:
+            row.last_used = self._now
+        return to_record(Usage, session.get_one(UsageRow, (key_id, day)))
+
+    @query
+    def usage(self, session: Session, key_id: str, days: int = 1) -> list[Usage]:
+        """Of the last `days` days, today first; days without use are left out."""
+        since = int(self._now // DAY) - days
+        rows = session.scalars(
+            select(UsageRow).where(UsageRow.key_id == key_id, UsageRow.day > since).order_by(UsageRow.day.desc())
+        )
+        return [to_record(Usage, row) for row in rows]
+
+
+def hash_key(secret: str) -> str:
+    """Keys are 256 random bits: a plain hash cannot be guessed back, and is quick enough for every request."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise InvalidRequestError(f"role: found {role!r}; expected {', '.join(ROLES)}", param="role")
+
+
+def _users(who: Actor, name: str) -> Select[UserRow]:
+    return select(UserRow).where(UserRow.tenant_id == who.tenant, UserRow.name == name)
+
+
+def _key(session: Session, who: Actor, key_id: str) -> KeyRow:
+    row = session.scalar(select(KeyRow).where(KeyRow.id == key_id, KeyRow.tenant_id == who.tenant).with_for_update())
+    if row is None:
+        raise not_found("key", key_id, param="key")
+    return row
