@@ -214,7 +214,7 @@ def make_slab(paths: list[Path], spec: Any) -> Any:
     table = torch.zeros(len(paths), sites, 5, dtype=torch.int64)
     scale = torch.zeros(len(paths), sites)
     vectors = torch.full((len(paths), sites, 2), -1)
-    parts, at, overrides = [], 0, {}
+    parts, at, overrides, vocabulary = [], 0, {}, {}
     for handle, path in enumerate(paths):
         compiled = open_compiled(path)
         for e in compiled.header.entries:
@@ -233,10 +233,12 @@ def make_slab(paths: list[Path], spec: Any) -> Any:
             )
             for o in compiled.header.overrides
         ]
+        if compiled.header.vocab_size is not None:
+            vocabulary[handle] = compiled.header.vocab_size
         part = torch.from_numpy(compiled.data.copy())
         parts.append(part.view(torch.bfloat16) if compiled.header.dtype == "bfloat16" else part)
         at += part.numel()
-    return Slab(torch.cat(parts), table, scale, vectors, overrides)
+    return Slab(torch.cat(parts), table, scale, vectors, overrides, vocabulary)
 
 
 def make_batch(rows: list[torch.Tensor], adapters: list[int | None]) -> Any:

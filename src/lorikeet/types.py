@@ -165,6 +165,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = "lora"
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence in a prompt on it acts; None: all
     positions: tuple[int, int] | None = None  # how many first and last tokens of a prompt it acts on; None: all
+    vocab_size: int | None = None  # tokens that its own embedding and head have; None: as many as the base's
 
 
 AdapterAction = Literal["load", "unload", "pin", "unpin"]

@@ -26,7 +26,7 @@ from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig
 from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, check_lock, read_lock
 from lorikeet.adapters.foreign import check_not_reordered
 from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
-from lorikeet.adapters.overrides import Override, compile_overrides
+from lorikeet.adapters.overrides import Override, compile_overrides, with_own_vocabulary
 from lorikeet.errors import AdapterError
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, BaseIdentity
@@ -35,7 +35,7 @@ Dtype = Literal["float32", "bfloat16"]
 MAGIC = b"LORIKEET"
 SUFFIX = ".lorikeet"
 ALIGNMENT = 64
-VERSION = 2  # part of the file's name: raise it when the layout or the meaning of an entry changes
+VERSION = 3  # part of the file's name: raise it when the layout or the meaning of an entry changes
 _STORAGE: dict[Dtype, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
 _MAX_HEADER = 64 * 2**20
 
@@ -59,7 +59,7 @@ class CompiledEntry(msgspec.Struct, frozen=True, array_like=True):
 
 class CompiledOverride(msgspec.Struct, frozen=True, array_like=True):
     """What stands in place of a part of the base (see `overrides.Override`): `rows` of `width` numbers, the first at
-    element `at`, `stride` elements apart; `index` names the table's rows that they are, None: all."""
+    element `at`, `stride` elements apart; `index` names the table's rows that they are, ascending, None: all."""
 
     role: str
     layer: int | None
@@ -71,7 +71,8 @@ class CompiledOverride(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """`nbytes` is the length of the data; `base_sha256` the base whose shapes were checked."""
+    """`nbytes` is the length of the data; `base_sha256` the base whose shapes were checked. `vocab_size` is how many
+    tokens the adapter's own embedding and head have, None: as the base's."""
 
     digest: str
     base_sha256: str
@@ -82,6 +83,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
     overrides: list[CompiledOverride] = []
     invocation: tuple[int, ...] | None = None
     positions: tuple[int, int] | None = None
+    vocab_size: int | None = None
 
     def info(self, path: Path) -> AdapterInfo:
         return AdapterInfo(
@@ -93,6 +95,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
             kind=self.kind,
             invocation=self.invocation,
             positions=self.positions,
+            vocab_size=self.vocab_size,
         )
 
 
@@ -139,6 +142,8 @@ def compile_adapter(
         if isinstance(config, LoraConfig):
             acts["overrides"] = compile_overrides(config, tensors, spec, tables)
             acts["invocation"] = config.invocation
+            own = with_own_vocabulary(config, file.shapes, spec)
+            acts["vocab_size"] = None if own is spec else own.vocab_size
         elif isinstance(config, LoreftConfig):
             acts["positions"] = config.positions
         header, data = lay_out(entries, digest, base, dtype, config.kind, **acts)
@@ -174,6 +179,7 @@ def lay_out(
     invocation: tuple[int, ...] | None = None,
     positions: tuple[int, int] | None = None,
     overrides: Sequence[Override] = (),
+    vocab_size: int | None = None,
 ) -> tuple[CompiledHeader, NDArray[Any]]:
     """Place entries layer by layer, rows aligned, values rounded to `dtype` (nearest, ties to even)."""
     storage = np.dtype(_STORAGE[dtype])
@@ -211,7 +217,7 @@ def lay_out(
                 data[start:].view(np.float32)[: len(vector)] = vector
     header = CompiledHeader(
         digest=digest, base_sha256=base.sha256, dtype=dtype, kind=kind, nbytes=data.nbytes, entries=placed,
-        invocation=invocation, positions=positions, overrides=replaced,
+        invocation=invocation, positions=positions, overrides=replaced, vocab_size=vocab_size,
     )  # fmt: skip
     return header, data
 

@@ -68,6 +68,10 @@ class LoraConfig(Targets):
     ties_weights: bool = False  # on a tied base, what is said of the embedding holds for the head, and the reverse
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence on the adapter acts (aLoRA)
 
+    def saves_whole(self, module: str) -> bool:
+        """Whether the adapter has a copy of its own of this module."""
+        return any(module.endswith(name) for name in self.modules_to_save)
+
     def rank_of(self, module: str) -> int:
         return _first_match(self.rank_pattern, module, self.r)
 

@@ -32,12 +32,14 @@ from lorikeet.errors import AdapterError, LockMismatchError
 from lorikeet.types import BaseIdentity
 
 WEIGHTS, LOCK = "adapter_model.safetensors", "lorikeet.json"
+# What an adapter's folder may hold of a tokenizer of its own (`model.tokenizer.Tokenizers`).
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what makes an adapter
-# What a stored tensor is of its module. A and B: LoRA. `rows`: trained rows of an embedding or a head. `weight`: what
-# stands in place of the base's. `shared` parts belong to the adapter as a whole.
+# What a stored tensor is of its module. A and B: LoRA. `rows`: trained rows of an embedding or a head. `weight`: the
+# module's own. `original`: that of the base below what was trained. `shared` parts belong to the adapter as a whole.
 Part = Literal[
     "A", "B", "B.bias", "magnitude", "bias", "ia3", "lambda_b", "lambda_d", "shared_A", "shared_B",
-    "embedding_A", "embedding_B", "rows", "weight",
+    "embedding_A", "embedding_B", "rows", "weight", "original",
     "reft.rotate", "reft.weight", "reft.bias",
 ]  # fmt: skip
 Array = NDArray[np.float32]
@@ -56,7 +58,8 @@ _SUFFIXES: dict[Part, str] = {
     "embedding_B": r"lora_embedding_B(?:\.default)?",
     "rows": r"token_adapter\.trainable_tokens_delta(?:\.default)?",
     "bias": r"(?:base_layer\.)?bias",
-    "weight": r"(?:base_layer\.|modules_to_save\.(?:default\.)?)?weight",
+    "original": r"(?:token_adapter\.)?(?:base_layer|original_module)\.weight",
+    "weight": r"(?:modules_to_save\.(?:default\.)?)?weight",
 }
 _KEYS = {part: re.compile(rf"(?:base_model\.model\.)?(?P<module>[^/\\]+?)\.{end}") for part, end in _SUFFIXES.items()}
 _FLOATS = ("F32", "BF16", "F16", "F64")
@@ -75,6 +78,7 @@ class AdapterFile:
         if not path.exists():
             raise missing_weights(folder, WEIGHTS)
         self._file = SafeFile(path)
+        self._copies: list[tuple[tuple[str, Part], TensorEntry]] = []
         try:
             self._entries = self._parse_names()
         except BaseException:
@@ -92,6 +96,9 @@ class AdapterFile:
         """All tensors as finite fp32 in their stored shapes, and the content hash of exactly these bytes."""
         data = self._file.read()
         raw = {key: (entry, data[entry.start : entry.stop]) for key, entry in self._entries.items()}
+        for key, copy in self._copies:
+            if data[copy.start : copy.stop] != raw[key][1]:
+                raise AdapterError(f"{WEIGHTS}: {stored_name(*key)} is there twice, with different values")
         return {key: self._decode(key, *parts) for key, parts in raw.items()}, content_hash(self.config, raw)
 
     def _parse_names(self) -> dict[tuple[str, Part], TensorEntry]:
@@ -102,6 +109,9 @@ class AdapterFile:
                 raise AdapterError(f"{WEIGHTS}: {name}: expected {' or '.join(_FLOATS)}, found {entry.dtype}")
             if key[1] in ("A", "B") and len(entry.shape) != 2:
                 raise AdapterError(f"{WEIGHTS}: {name}: expected two dimensions, found {list(entry.shape)}")
+            if key in entries and key[1] == "weight":  # under both of PEFT's names where the vocabulary was resized
+                self._copies.append((key, entry))
+                continue
             if key in entries:
                 raise AdapterError(f"{WEIGHTS}: {name}: the tensor is there with and without prefix or `.default`")
             entries[key] = entry
@@ -141,7 +151,7 @@ def stored_name(module: str, part: Part) -> str:
     ends = {"A": "lora_A.weight", "B": "lora_B.weight", "B.bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
             "ia3": "ia3_l", "lambda_b": "vera_lambda_b", "lambda_d": "vera_lambda_d", "bias": "bias",
             "embedding_A": "lora_embedding_A", "embedding_B": "lora_embedding_B", "weight": "weight",
-            "rows": "token_adapter.trainable_tokens_delta"}  # fmt: skip
+            "original": "base_layer.weight", "rows": "token_adapter.trainable_tokens_delta"}  # fmt: skip
     return shared or f"{module}.{ends[part]}"
 
 
@@ -171,6 +181,8 @@ def content_hash(config: AdapterConfig, tensors: Mapping[tuple[str, Part], tuple
         meaning: list[Any] = [module, part, entry.dtype, list(entry.shape)]
         if isinstance(config, LoraConfig):
             meaning += [config.rank_of(module), config.scale_of(module)]
+            if part == "weight":
+                meaning += [config.saves_whole(module)]
         elif isinstance(config, Ia3Config):
             meaning += [config.is_feedforward(module)]
         digest.update(msgspec.msgpack.encode(meaning))
@@ -181,7 +193,7 @@ def content_hash(config: AdapterConfig, tensors: Mapping[tuple[str, Part], tuple
 def signature_of(folder: Path) -> Signature | None:
     """Changes when the adapter's files are replaced; None when the folder holds no adapter."""
     parts = []
-    for name in (CONFIG, WEIGHTS, LOCK):
+    for name in (CONFIG, WEIGHTS, LOCK, *TOKENIZER_FILES):
         try:
             stat = (folder / name).stat()
         except OSError:

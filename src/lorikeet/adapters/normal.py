@@ -16,7 +16,7 @@ import numpy as np
 from lorikeet.adapters.checkpoint import BaseTensors
 from lorikeet.adapters.configs import CONFIG, AdapterConfig, Ia3Config, LoraConfig, LoreftConfig, VeraConfig
 from lorikeet.adapters.files import WEIGHTS, Array, Part, stored_name
-from lorikeet.adapters.overrides import check_overrides
+from lorikeet.adapters.overrides import check_overrides, parameter_of, with_own_vocabulary
 from lorikeet.errors import AdapterError
 from lorikeet.model.names import EMBED, FUSED, HEAD, TARGETS, module_names, module_of, sites_of
 from lorikeet.model.spec import ModelSpec
@@ -51,7 +51,8 @@ def compile_entries(config: AdapterConfig, tensors: Tensors, spec: ModelSpec, ba
 
     `tensors` as `AdapterFile.load` gives them. Raises AdapterError as `check_adapter` does.
     """
-    targeted = check_adapter(config, {key: value.shape for key, value in tensors.items()}, spec)
+    shapes = {key: value.shape for key, value in tensors.items()}
+    targeted = check_adapter(config, shapes, spec)
     if isinstance(config, LoreftConfig):
         return list(_loreft(tensors, targeted))
     if isinstance(config, Ia3Config):
@@ -59,7 +60,7 @@ def compile_entries(config: AdapterConfig, tensors: Tensors, spec: ModelSpec, ba
     elif isinstance(config, VeraConfig):
         entries = list(_vera(tensors, targeted))
     else:
-        entries = list(_lora(config, tensors, targeted, spec, base))
+        entries = list(_lora(config, tensors, targeted, with_own_vocabulary(config, shapes, spec), base))
     return sorted(entries, key=lambda entry: entry.site.index)
 
 
@@ -82,8 +83,10 @@ def _lora(
         a, b = tensors[module, "A"], tensors[module, "B"]
         gain = None
         if config.use_dora:
-            tied = sites[0].role == "head" and spec.tie_embeddings
-            weight = np.concatenate([base.weight(EMBED if tied else module_of(site)) for site in sites])
+            if sites[0].role == "head":
+                weight = parameter_of(HEAD, config, tensors, spec, base)
+            else:
+                weight = np.concatenate([base.weight(module_of(site)) for site in sites])
             gain = tensors[module, "magnitude"] / row_norms(weight, a, b, scale)
         shift = _bias_shift(tensors.get((module, "bias")), gain, [base.bias(module_of(site)) for site in sites], sites)
         if config.lora_bias:
@@ -180,8 +183,12 @@ def check_adapter(config: AdapterConfig, shapes: Shapes, spec: ModelSpec) -> Tar
     """The modules that an adapter acts on, with their sites, in order of site.
 
     Raises AdapterError naming tensor, expected and found where the adapter does not fit the base, where a tensor is
-    there that the config does not target, or where one is missing that it does.
+    there that the config does not target, or where one is missing that it does. The sites of embedding and head have
+    as many tokens as the adapter's tables (`with_own_vocabulary`).
     """
+    base_tokens = spec.vocab_size
+    if isinstance(config, LoraConfig):
+        spec = with_own_vocabulary(config, shapes, spec)
     if isinstance(config, LoreftConfig):
         targeted = _intervened(config, spec)
     else:
@@ -192,7 +199,7 @@ def check_adapter(config: AdapterConfig, shapes: Shapes, spec: ModelSpec) -> Tar
             _check_shared(shapes, part, side, config.r, targeted)  # type: ignore[arg-type]
     beside = shapes.keys() - expected.keys()
     if isinstance(config, LoraConfig):
-        beside -= check_overrides(config, shapes, spec)
+        beside -= check_overrides(config, shapes, spec, base_tokens)
     for module, part in sorted(beside):
         if part not in ("shared_A", "shared_B") or not isinstance(config, VeraConfig):
             _check_beside(module, part, shapes[module, part], config, targeted, spec)

@@ -152,14 +152,16 @@ class Engine:
         token is the last of the event's tokens. It ends with "length" after `max_tokens` or where the context ends.
         """
         sampling = effective_sampling(request)
-        check_sampling(sampling, self.spec.vocab_size)
-        check_prompt(request.tokens, self.spec.vocab_size, self.max_context, generates=sampling.max_tokens > 0)
         if request.adapter is not None and not self._residency.knows(request.adapter):
             raise NotFoundError(f"adapter: no adapter with digest {request.adapter!r} is registered", param="adapter")
+        adapter = None if request.adapter is None else self._residency.info(request.adapter)
+        vocab_size = (adapter and adapter.vocab_size) or self.spec.vocab_size
+        check_sampling(sampling, vocab_size)
+        check_prompt(request.tokens, vocab_size, self.max_context, generates=sampling.max_tokens > 0)
         if self._scheduler.knows(request.request_id):
             raise InvalidRequestError(f"request_id: {request.request_id!r} is in use", param="request_id")
         limit = min(len(request.tokens) + sampling.max_tokens, self.max_context)
-        stop_ids = self.stop_ids.union(sampling.stop_token_ids)
+        stop_ids = frozenset(token for token in self.stop_ids.union(sampling.stop_token_ids) if token < vocab_size)
         choices = None
         if sampling.choices is not None:
             self._check_room(len(request.tokens), max(map(len, sampling.choices)))
@@ -172,9 +174,7 @@ class Engine:
             stop_ids=frozenset() if sampling.ignore_eos else stop_ids,
             root=root_key(self.base.sha256, request.tenant),
             choices=choices,
-            acts=EVERYWHERE
-            if request.adapter is None
-            else _where(request.tokens, self._residency.info(request.adapter)),
+            acts=EVERYWHERE if adapter is None else _where(request.tokens, adapter),
         )
         self._scheduler.add(sequence, self._clock())
         self._arrivals += 1

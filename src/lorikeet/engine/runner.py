@@ -48,9 +48,10 @@ class _Rows:
 
 @dataclass(slots=True)
 class _Scored:
-    """Which rows of logits score prompts. `slot`, `count` [S] by sequence; `rows`, `positions` [N] by row."""
+    """Which rows of logits score prompts. `slot`, `handle`, `count` [S] by sequence; `rows`, `positions` [N] by row."""
 
     slot: Array
+    handle: Array
     count: Array
     rows: Array
     positions: Array
@@ -81,6 +82,7 @@ class Runner:
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(spec.num_layers)
         ]
+        self._vocab_size = spec.vocab_size
         self._forward = ops.prepare(partial(forward, spec, weights), slab.slab, self.cache, step_tokens)
         self._tokens = np.zeros((max_seqs, max_context + 1), np.int64)
         self._blocks = np.zeros((max_seqs, -(-max_context // block_size)), np.int32)
@@ -141,7 +143,19 @@ class Runner:
             self._score(logits, scored, outcome)
         if len(sampled):
             picked = logits if len(scored.slot) == 0 else logits[self._tensor(scored.sample_rows)]
-            self._sample(picked, rows.slot[sampled], (rows.start + rows.count)[sampled], plan, outcome)
+            slots, positions = rows.slot[sampled], (rows.start + rows.count)[sampled]
+            for some, at in self._by_vocabulary(picked, rows.handle[sampled]):
+                self._sample(some, slots[at], positions[at], plan, outcome)
+
+    def _by_vocabulary(self, logits: Tensor, handle: Array) -> list[tuple[Tensor, Array | slice]]:
+        """Logits of R rows of these handles [R], and which rows they are: one set for each size of vocabulary, so that
+        nothing that comes of a row depends on how many tokens the others' adapters have."""
+        own = self.slab.slab.vocabulary
+        if not own or own.keys().isdisjoint(handle.tolist()):
+            return [(logits[:, : self._vocab_size], slice(None))]
+        tokens = np.array([own.get(one, self._vocab_size) for one in handle.tolist()])
+        rows = [(count, np.flatnonzero(tokens == count)) for count in np.unique(tokens).tolist()]
+        return [(logits[self._tensor(at), :count], at) for count, at in rows]
 
     def _arrange(self, sequences: Sequence[ScheduledSequence]) -> _Rows:
         fields = np.array(
@@ -234,12 +248,15 @@ class Runner:
 
     def _score(self, logits: Tensor, scored: _Scored, outcome: Outcome) -> None:
         """Logprobs of prompt tokens, by sequence."""
-        targets = self._tensor(self._tokens[np.repeat(scored.slot, scored.count), scored.positions + 1])
+        targets = self._tokens[np.repeat(scored.slot, scored.count), scored.positions + 1]
         top = np.repeat(self._prompt_logprobs[scored.slot], scored.count)
-        found = _token_logprobs(logits[self._tensor(scored.rows)], targets, top)
+        found = np.empty(len(top), object)
+        picked, handle = logits[self._tensor(scored.rows)], np.repeat(scored.handle, scored.count)
+        for some, at in self._by_vocabulary(picked, handle):
+            found[at] = _token_logprobs(some, self._tensor(targets[at]), top[at])
         ends = np.cumsum(scored.count)
         for slot, start, end in zip(scored.slot.tolist(), (ends - scored.count).tolist(), ends.tolist(), strict=True):
-            outcome.prompt_logprobs[slot] = found[start:end]
+            outcome.prompt_logprobs[slot] = found[start:end].tolist()
             if any(score.logprob != score.logprob for score in found[start:end]):
                 outcome.failed[slot] = NOT_FINITE.info()
 
@@ -258,7 +275,7 @@ def _logit_rows(rows: _Rows, query_start: Array) -> tuple[Array, _Scored]:
     samples = rows.samples.astype(np.int64)
     none = np.zeros(0, np.int64)
     if not scores.any():
-        return last[rows.samples], _Scored(none, none, none, none, none)
+        return last[rows.samples], _Scored(none, none, none, none, none, none)
     total = scores + samples
     ends = np.cumsum(total)
     sequence = np.repeat(np.arange(len(total)), total)
@@ -269,6 +286,7 @@ def _logit_rows(rows: _Rows, query_start: Array) -> tuple[Array, _Scored]:
     scoring = np.flatnonzero(scores)
     scored = _Scored(
         slot=rows.slot[scoring],
+        handle=rows.handle[scoring],
         count=scores[scoring],
         rows=np.flatnonzero(is_score),
         positions=position[is_score],

@@ -56,7 +56,8 @@ class AdapterSlab:
             elif isinstance(instruction, AdapterMove):
                 self._move(instruction)
             else:
-                self.slab.table[instruction.handle] = 0
+                if instruction.handle < len(self.slab.table):  # else it goes before its last byte was there
+                    self.slab.table[instruction.handle] = 0
                 self._forget(instruction.handle)
         return failed
 
@@ -111,11 +112,14 @@ class AdapterSlab:
             )
             for o in header.overrides
         ]  # fmt: skip
+        if header.vocab_size is not None:
+            self.slab.vocabulary[copy.handle] = header.vocab_size
 
     def _forget(self, handle: int) -> None:
         self.scaled.discard(handle)
         self.overriding.discard(handle)
         self.slab.overrides.pop(handle, None)
+        self.slab.vocabulary.pop(handle, None)
 
     def _move(self, move: AdapterMove) -> None:
         source = self._bytes[move.source : move.source + move.nbytes]

@@ -55,8 +55,8 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True)
 class SlabOverride:
-    """`rows` of `width` numbers in the slab, the first at element `at`: in place of the rows `index` [rows] of the
-    base's `role` (`embed`, `head`), of all its rows (None), or of a norm's weight."""
+    """`rows` of `width` numbers in the slab, the first at element `at`: in place of the rows `index` [rows], ascending,
+    of the base's `role` (`embed`, `head`), of all its rows (None), or of a norm's weight."""
 
     role: str
     layer: int | None
@@ -73,6 +73,7 @@ class Slab:
 
     `table[handle, site] = (offset A, offset B, row stride A, row stride B, rank)` in elements of `data`, rank 0
     where the adapter has no entry; A is [r, d_in], B is [r, d_out]. `scale[handle, site]` is the entry's scalar s.
+    `vocabulary[handle]` is how many tokens the adapter's embedding and head have, where that is not the base's number.
     """
 
     data: Tensor  # [elements] bf16 or fp32
@@ -80,6 +81,7 @@ class Slab:
     scale: Tensor  # [handles, sites] fp32
     vectors: Tensor | None = None  # [handles, sites, 2] int64: where gain and shift [d_out] begin, fp32; -1: none
     overrides: dict[int, list[SlabOverride]] = field(default_factory=dict)  # by handle
+    vocabulary: dict[int, int] = field(default_factory=dict)  # by handle
 
     def pair(self, handle: int, site: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor, float] | None:
         """Views of (A [r, d_in], B [r, d_out]) and the scale of one entry, or None where there is none."""

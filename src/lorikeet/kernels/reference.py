@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,17 +68,21 @@ class ReferenceOps:
         return y
 
     def adapt_embedding(self, x: Tensor, tokens: Tensor, slab: Slab, site: Site, segments: Segments) -> Tensor:
-        """Rows of the adapters' own tables in place of the base's, then s B A of the token: x [T, hidden]."""
+        """Rows of the adapters' own tables in place of the base's, then s B A of the token: x [T, hidden].
+
+        What stands in x for tokens that the base does not have is never kept: their adapters have rows for them.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
         for i, handle in enumerate(segments.adapter):
             rows = segments.rows[segments.start[i] : segments.start[i + 1]]
             values, index = slab.override(handle, "embed", None) or (None, None)
-            entry = slab.pair(handle, site.index, site.d_in, site.d_out)
+            entry = slab.pair(handle, site.index, slab.vocabulary.get(handle, site.d_in), site.d_out)
             if values is not None and index is None:
                 x[rows] = values[tokens[rows]].to(x.dtype)
             elif values is not None and index is not None:
-                which, row = torch.eq(tokens[rows].unsqueeze(1), index).nonzero(as_tuple=True)
-                x[rows[which]] = values[row].to(x.dtype)
+                at = torch.searchsorted(index, tokens[rows]).clamp_(max=len(index) - 1)
+                mine = index[at] == tokens[rows]
+                x[rows[mine]] = values[at[mine]].to(x.dtype)
             if entry is not None:
                 a, b, scale = entry
                 x[rows] = (x[rows].to(wide) + a[:, tokens[rows]].T.to(wide) @ b.to(wide) * scale).to(x.dtype)
@@ -95,20 +100,30 @@ class ReferenceOps:
         return h
 
     def adapt_logits(self, logits: Tensor, x: Tensor, slab: Slab, site: Site, segments: Segments) -> Tensor:
-        """The adapters' own heads, or rows of them, then pairs on the head: logits [L, V] fp32 of x [L, hidden]."""
+        """The adapters' own heads, or rows of them, then pairs on the head: logits [L, V] fp32 of x [L, hidden].
+
+        Where adapters have more tokens than the base the result is as wide as the widest; only the first columns of a
+        row, as many as its adapter has tokens, mean anything.
+        """
+        widest = max(slab.vocabulary.get(handle, 0) for handle in segments.adapter) if segments.adapter else 0
+        if widest > site.d_out:
+            logits = F.pad(logits, (0, widest - site.d_out))
+        wide = x.to(logits.dtype)
         for i, handle in enumerate(segments.adapter):
             rows = segments.rows[segments.start[i] : segments.start[i + 1]]
+            tokens = slab.vocabulary.get(handle, site.d_out)
             own = slab.override(handle, "head", None)
             if own is not None:
                 values = self.logits(DenseWeight(own[0].to(x.dtype).contiguous()), x[rows])
                 if own[1] is None:
-                    logits[rows] = values
+                    logits[rows, :tokens] = values
                 else:
                     logits[rows.unsqueeze(1), own[1]] = values
-        group = SiteGroup((site,), (0,))
-        wide = x.to(logits.dtype)
-        logits = ReferenceOps.lowrank_add(self, logits, wide, slab, group, segments)
-        return ReferenceOps.output_scale(self, logits, slab, group, segments)
+            segment = Segments(rows, [0, len(rows)], [handle], segments.contiguous)
+            group = SiteGroup((replace(site, d_out=tokens),), (0,))
+            logits = ReferenceOps.lowrank_add(self, logits, wide, slab, group, segment)
+            logits = ReferenceOps.output_scale(self, logits, slab, group, segment)
+        return logits
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         """tokens [T] -> [T, hidden]."""

@@ -85,6 +85,8 @@ def forward(
 ) -> Tensor:
     """Logits of the rows in `batch.logit_rows` (of every row when None): [L, vocabulary], fp32 and unrounded.
 
+    They are wider where an adapter of the batch has more tokens than the base (`ReferenceOps.adapt_logits`).
+
     Without a cache the attention stays inside each packed row (training); with one, new keys and values are
     written to `batch.cache_slot` and the sequences are read through `batch.block_table`.
     """
@@ -143,9 +145,9 @@ class _Adapted:
         return cast("ServingOps", self.ops)
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
-        x = self.ops.embed(table, tokens)
         if (segments := self.overriding) is None:
-            return x
+            return self.ops.embed(table, tokens)
+        x = self.ops.embed(table, tokens.clamp(max=len(table) - 1))  # those that an adapter adds are not in it
         return self.more.adapt_embedding(x, tokens, self.adapters, self.spec.site(None, "embed"), segments)
 
     def project(self, weight: Weight, x: Tensor, group: SiteGroup) -> Tensor:
