@@ -164,7 +164,8 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     sites: int
     kind: str = "lora"
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence in a prompt on it acts; None: all
-    positions: tuple[int, int] | None = None  # how many first and last tokens of a prompt it acts on; None: all
+    # How many first and last tokens of a prompt it acts on, and how many at the end it leaves out; None: all.
+    positions: tuple[int, int, int] | None = None
     vocab_size: int | None = None  # tokens that its own embedding and head have; None: as many as the base's
 
 

@@ -245,7 +245,7 @@ def test_loreft_is_a_hook_on_the_stream(
     spec, weights = load(base, torch.float32)
     tensors = write_loreft(tmp_path / "reft", spec.hidden_size, layers, 3)
     info = compile_adapter(tmp_path / "reft", spec, identify(base), "float32", cache)
-    assert (info.kind, info.positions, info.max_rank) == ("loreft", (2, 3), 4)
+    assert (info.kind, info.positions, info.max_rank) == ("loreft", (2, 3, 0), 4)
     row = sample_tokens(1, 20, 8)[0]
     model = oracle(base)
     places = [0, 1, 17, 18, 19]

@@ -60,7 +60,7 @@ class World:
 
     def adapter(self, seed: int, rank: int = 3, roles: Iterable[str] = ("q", "v", "o", "gate", "down"),
                 scaled: bool = False, overrides: bool = False, invocation: tuple[int, ...] | None = None,
-                positions: tuple[int, int] | None = None) -> AdapterInfo:  # fmt: skip
+                positions: tuple[int, int, int] | None = None) -> AdapterInfo:  # fmt: skip
         """A random adapter, strong enough to change greedy tokens."""
         generator = np.random.default_rng(seed)
         entries = []
@@ -131,7 +131,7 @@ class World:
         slab, segments = None, None
         if adapter is not None:
             slab = self._slab(adapter)
-            rows = torch.arange(acts_from, len(tokens)) if places is None else torch.tensor(places)
+            rows = torch.arange(acts_from, len(tokens)) if places is None else torch.tensor(places, dtype=torch.int64)
             segments = Segments(rows, [0, len(rows)], [0], places is None)
         count = len(tokens)
         batch = Batch(

@@ -99,20 +99,27 @@ def test_tables_and_norms_of_their_own_move_with_the_adapter(world, ops) -> None
 
 
 @pytest.mark.parametrize("ops", [ReferenceOps, CpuOps])
+@pytest.mark.parametrize("left_out", [0, 1])
 @pytest.mark.parametrize("settings", [{}, {"step_tokens": 8, "chunk_tokens": 3}])
-def test_interventions_on_the_stream_at_first_and_last_tokens(world, ops, settings) -> None:  # type: ignore[no-untyped-def]
-    """Of the prompt, not of what is generated; a prompt shorter than both is changed once a token."""
-    reft = world.adapter(1, roles=("residual",), positions=(3, 4))
+def test_interventions_on_the_stream_at_first_and_last_tokens(world, ops, settings, left_out) -> None:  # type: ignore[no-untyped-def]
+    """Of the prompt, not of what is generated; of a short one at most half at either end."""
+    reft = world.adapter(1, roles=("residual",), positions=(3, 4, left_out))
     plain = world.adapter(2)
     engine = world.engine([reft, plain], ops=ops(), **settings)
     lengths = {"long": 19, "exact": 7, "short": 5, "one": 1}
     prompts = {name: world.prompt(30 + length, length) for name, length in lengths.items()}
-    requests = [world.request(name, prompt, reft.digest, max_tokens=5) for name, prompt in prompts.items()]
+    requests = [
+        world.request(name, prompt, reft.digest, max_tokens=5, prompt_logprobs=0) for name, prompt in prompts.items()
+    ]
     requests += [world.request("plain", prompts["long"], plain.digest, max_tokens=5)]
     answers = world.run(engine, [*requests, world.request("base", prompts["long"], max_tokens=5)])
     for name, prompt in prompts.items():
-        places = sorted({*range(min(3, len(prompt))), *range(max(len(prompt) - 4, 0), len(prompt))})
+        end = len(prompt) - left_out
+        places = [*range(min(3, end // 2)), *range(end - min(4, end // 2), end)]
         assert answers[name].tokens == world.greedy(prompt, 5, reft.digest, places=places), name
+        dense = world.dense_logits(prompt, reft.digest, places=places).log_softmax(-1)
+        expected = [float(dense[i, token]) for i, token in enumerate(prompt[1:])]
+        assert answers[name].prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4), name
     assert answers["plain"].tokens == world.greedy(prompts["long"], 5, plain.digest)
     assert answers["base"].tokens == world.greedy(prompts["long"], 5)
-    assert answers["long"].tokens != answers["base"].tokens
+    assert left_out or answers["long"].tokens != answers["base"].tokens

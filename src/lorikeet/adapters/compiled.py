@@ -82,7 +82,7 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
     entries: list[CompiledEntry]
     overrides: list[CompiledOverride] = []
     invocation: tuple[int, ...] | None = None
-    positions: tuple[int, int] | None = None
+    positions: tuple[int, int, int] | None = None
     vocab_size: int | None = None
 
     def info(self, path: Path) -> AdapterInfo:
@@ -177,7 +177,7 @@ def lay_out(
     kind: str = "lora",
     *,
     invocation: tuple[int, ...] | None = None,
-    positions: tuple[int, int] | None = None,
+    positions: tuple[int, int, int] | None = None,
     overrides: Sequence[Override] = (),
     vocab_size: int | None = None,
 ) -> tuple[CompiledHeader, NDArray[Any]]:

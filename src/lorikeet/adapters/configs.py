@@ -114,11 +114,14 @@ class VeraConfig(Targets):
 @dataclass(frozen=True, kw_only=True)
 class LoreftConfig(Targets):
     """LoReFT (Wu et al. 2024): h + R (W h + b - R^T h) on the residual stream after some layers, at the first and the
-    last tokens of the prompt. Of each layer `reft.layers.N.rotate` R [d, r], `weight` W [r, d] and `bias` b [r]."""
+    last tokens of the prompt. Of each layer `reft.layers.N.rotate` R [d, r], `weight` W [r, d] and `bias` b [r].
+
+    `positions`: how many first and last tokens, and how many at the prompt's end are left out.
+    """
 
     r: int
     layers: tuple[int, ...]
-    positions: tuple[int, int]
+    positions: tuple[int, int, int]
     kind = "loreft"
 
 
@@ -145,13 +148,15 @@ def read_config(folder: Path) -> AdapterConfig:
     raw = _read_json(folder / CONFIG)
     kind = refuse_unsupported(raw, CONFIG)
     if kind == "LOREFT":
-        positions = tuple(_count(name, raw.get(name, 0)) for name in ("first_positions", "last_positions"))
-        if not any(positions):
+        first, last, left_out = (
+            _count(name, raw.get(name, 0)) for name in ("first_positions", "last_positions", "last_offset")
+        )
+        if not first and not last:
             raise field_error(CONFIG, "first_positions", "a position to act on, first or last", 0)
         return LoreftConfig(
             r=_checked("r", raw.get("r"), int),
             layers=_layers(raw.get("layers"), "layers"),
-            positions=(positions[0], positions[1]),
+            positions=(first, last, left_out),
         )
     targets = _read_targets(raw)
     if kind == "IA3":

@@ -74,7 +74,7 @@ KINDS = {
     ),
 }
 KINDS["LOREFT"] = Fields(  # not PEFT's: the layout that this program reads
-    frozenset({"peft_type", "task_type", "r", "layers", "first_positions", "last_positions"}),
+    frozenset({"peft_type", "task_type", "r", "layers", "first_positions", "last_positions", "last_offset"}),
     frozenset({"base_model_name_or_path", "inference_mode"}),
     {},
 )

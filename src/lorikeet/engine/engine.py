@@ -228,11 +228,12 @@ def _where(tokens: list[int], info: AdapterInfo) -> tuple[Stretch, Stretch]:
     """The stretches of positions on which an adapter acts.
 
     Everywhere; or from the last occurrence of its invocation tokens in the prompt on (aLoRA); or on the first and the
-    last tokens of the prompt (LoReFT), which do not overlap.
+    last tokens of the prompt (LoReFT), either at most half of it, as pyreft counts them.
     """
     if info.positions is not None:
-        first, last = info.positions
-        return (0, min(first, len(tokens))), (max(len(tokens) - last, min(first, len(tokens))), len(tokens))
+        first, last, left_out = info.positions
+        end = max(len(tokens) - left_out, 0)
+        return (0, min(first, end // 2)), (end - min(last, end // 2), end)
     if info.invocation is None:
         return EVERYWHERE
     wanted = list(info.invocation)
