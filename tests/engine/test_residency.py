@@ -140,12 +140,11 @@ TestResidency = ResidencyMachine.TestCase
 TestResidency.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
-def load(residency: Residency, digest: str) -> None:
+def load(residency: Residency, digest: str, slab: Slab | None = None) -> None:
+    slab = slab or Slab(residency.budget)
     for _ in range(20):
         place = residency.ensure(digest)
-        for do in residency.instructions():
-            if isinstance(do, AdapterCopy):
-                residency.arrived(do.digest)
+        slab.carry_out(residency)
         if place is Place.RESIDENT:
             return
     raise AssertionError(f"{digest} does not come in")
@@ -183,20 +182,26 @@ def test_a_step_copies_and_moves_bounded_bytes() -> None:
     assert counts == [2 * UNIT, 2 * UNIT, UNIT]
 
 
-def test_compaction_instead_of_eviction() -> None:
-    residency = Residency(6 * UNIT)
-    slab = Slab(6 * UNIT)
-    for i in range(6):
-        residency.register(info(f"s{i}", UNIT))
-        residency.ensure(f"s{i}")
+def test_what_is_worth_more_than_a_move_is_moved() -> None:
+    """Three holes of one unit, and a large adapter: those that were used slide together, those never used go."""
+    for used in (True, False):
+        residency = Residency(6 * UNIT)
+        slab = Slab(6 * UNIT)
+        for i in range(6):
+            residency.register(info(f"s{i}", UNIT))
+            load(residency, f"s{i}", slab)
+            if used:
+                residency.acquire(f"s{i}")
+                residency.release(f"s{i}")
+        for i in (0, 2, 4):
+            residency.unload(f"s{i}")
+        residency.register(info("large", 3 * UNIT))
+        assert residency.ensure("large") is Place.LOADING
         slab.carry_out(residency)
-    for i in (0, 2, 4):
-        residency._remove(f"s{i}")
-    residency.register(info("large", 3 * UNIT))
-    assert residency.ensure("large") is Place.LOADING
-    slab.carry_out(residency)
-    assert all(residency.place(name) is Place.RESIDENT for name in ("s1", "s3", "s5", "large"))
-    assert all(slab.holds(residency, name) for name in ("s1", "s3", "s5", "large"))
+        assert slab.holds(residency, "large")
+        there = [name for name in ("s1", "s3", "s5") if residency.place(name) is Place.RESIDENT]
+        assert all(slab.holds(residency, name) for name in there)
+        assert len(there) == (3 if used else 2)
 
 
 def test_pinned_bytes_are_counted() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorikeet.engine.residency import AdapterMove
+from lorikeet.engine.residency import AdapterDrop, AdapterMove, Place
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.types import AdapterCopy
 
@@ -26,12 +26,19 @@ def test_answers_survive_evictions_and_moves(world: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(AdapterSlab, "carry_out", watched)
     chance = random.Random(0)
     expected = {info.digest: world.greedy([7, 8, 9], 3, info.digest) for info in infos}
-    for turn in range(12):
+    residency = engine._residency
+    for turn in range(24):
+        there = [info.digest for info in infos if residency.place(info.digest) is Place.RESIDENT]
+        pinned = chance.choice(there) if there else None
+        if pinned is not None:  # it must stay, and is moved out of the way of others
+            residency.pin(pinned)
         picked = chance.sample(infos, 3)
         requests = [world.request(f"{turn}-{i}", [7, 8, 9], x.digest, max_tokens=3) for i, x in enumerate(picked)]
         answers = world.run(engine, requests)
         for request, info in zip(requests, picked, strict=True):
             assert answers[request.request_id].tokens == expected[info.digest]
+        if pinned is not None:
+            residency.pin(pinned, False)
     assert sum(isinstance(do, AdapterMove) for do in done) >= 3
     parts = [do for do in done if isinstance(do, AdapterCopy)]
     assert any(part.start > 0 for part in parts), "nothing was copied in parts"
@@ -55,3 +62,12 @@ def test_another_dtype_is_refused(world: Any) -> None:
     copy = AdapterCopy(info.digest, info.path, 0, 0, info.nbytes, 0, info.nbytes)
     failed = slab.carry_out([copy])
     assert "bfloat16" in failed[info.digest].message and "float32" in failed[info.digest].message
+
+
+def test_an_adapter_may_go_before_its_last_byte_was_there(world: Any) -> None:
+    """Its handle may lie beyond the table, which grows with adapters that are whole."""
+    info = world.adapter(1)
+    slab = AdapterSlab(2**16, world.spec, world.weights.embed.dtype, world._open)
+    handle = len(slab.slab.table)
+    part = AdapterCopy(info.digest, info.path, handle, 0, info.nbytes, 0, info.nbytes // 2)
+    assert slab.carry_out([part, AdapterMove(handle, 0, 64, 64), AdapterDrop(handle)]) == {}

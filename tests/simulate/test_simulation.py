@@ -108,6 +108,25 @@ def test_the_same_scenario_gives_the_same_numbers() -> None:
                 assert np.array_equal(a, b, equal_nan=True), field.name
 
 
+def test_adapters_of_many_sizes_wait_no_longer_than_those_of_one() -> None:
+    """A slab that is full of unequal adapters opens its holes without moving everything."""
+
+    def slowest(sizes: list[str]) -> float:
+        one = scenario(
+            requests=3000,
+            traffic=[stream(arrivals={"kind": "poisson", "rate": 60.0}, adapters={"kind": "zipf", "exponent": 0.8})],
+            adapters={"count": 600, "bytes": sizes, "compiled": True},
+            replicas={"count": 1},
+            engine={"kv_tokens": 40960, "adapter_memory": "4GiB", "max_seqs": 32, "step_tokens": 512, "queue": 10_000},
+        )
+        record = run(one)
+        return float(np.percentile(record.first - record.traffic.time, 95))
+
+    equal = slowest(["40MiB"])
+    assert slowest(["8MiB", "16MiB", "24MiB", "40MiB", "72MiB", "80MiB"]) < 1.3 * equal
+    assert slowest(["1MiB", "2MiB", "7MiB", "30MiB", "80MiB", "120MiB"]) < 1.3 * equal
+
+
 @st.composite
 def scenarios(draw: st.DrawFn) -> Scenario:
     arrivals: list[dict[str, Any]] = [

@@ -6,12 +6,13 @@ forward pass. An adapter counts as resident once the runner has said that its la
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf, log2
+from operator import attrgetter
 from time import time
 
 from lorikeet.errors import AdapterError, AdapterInUseError
@@ -21,6 +22,8 @@ ALIGNMENT = 64  # bytes
 HALF_LIFE = 300.0  # seconds until a use counts half
 RELOAD_FIXED = 0.5e-3  # seconds a reload costs whatever its size
 RELOAD_RATE = 2e9  # bytes a second
+MOVE_RATE = 1e10  # bytes a second, within the slab
+_offset = attrgetter("offset")
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class _Extent:
     handle: int
     offset: int
     size: int  # nbytes rounded up to the alignment
+    listed: float = -inf  # the worth under which it was listed last
     copied: int = 0
     resident: bool = False
 
@@ -92,6 +96,7 @@ class Residency:
         self._loading: dict[str, _Extent] = {}  # those that are not resident yet, first come first
         self._by_worth: list[tuple[float, str]] = []  # a heap; what was used or removed since stands there as it was
         self._used = 0
+        self._no_hole = self.budget + 1  # no hole has so many bytes
         self._spare_handles: list[int] = []
         self._handles = 0
         self._instructions: list[Instruction] = []
@@ -187,17 +192,16 @@ class Residency:
             return place
         size = self.size(digest)
         offset = self._find(size)
-        if offset is None and self._evict(size, keep):
+        if offset is None and self._make_room(size, keep):
             offset = self._find(size)
-            if offset is None:
-                offset = self._compact(size)
         if offset is None:
             return Place.FULL
         handle = self._spare_handles.pop() if self._spare_handles else self._handles
         self._handles = max(self._handles, handle + 1)
-        extent = self._extents[digest] = self._loading[digest] = _Extent(digest, handle, offset, size)
-        insort(self._ordered, extent, key=lambda other: other.offset)
-        heappush(self._by_worth, (self._worth(digest), digest))
+        extent = _Extent(digest, handle, offset, size, listed=self._worth(digest))
+        self._extents[digest] = self._loading[digest] = extent
+        insort(self._ordered, extent, key=_offset)
+        heappush(self._by_worth, (extent.listed, digest))
         self._used += size
         return Place.LOADING
 
@@ -212,43 +216,108 @@ class Residency:
 
     def _find(self, size: int) -> int | None:
         """First fit."""
-        if self.budget - self._used < size:
+        if self.budget - self._used < size or size >= self._no_hole:
             return None
         end = 0
         for extent in self._ordered:
             if extent.offset - end >= size:
                 return end
             end = extent.offset + extent.size
-        return end if self.budget - end >= size else None
+        if self.budget - end >= size:
+            return end
+        self._no_hole = size
+        return None
 
-    def _evict(self, size: int, keep: Collection[str]) -> bool:
-        """Evict the least valuable adapters until `size` bytes are free; none if that cannot be reached.
+    def _make_room(self, size: int, keep: Collection[str]) -> bool:
+        """Open a hole of `size` bytes; False where that takes further steps, or cannot be.
+
+        The least valuable adapter goes, if that is enough. Else a run of neighbours is cleared where that costs least:
+        those that may go are evicted, the others slide to its lower end, within this step's bytes. Where there are
+        `size` bytes in smaller holes, nobody need go: they are gathered if that costs less.
+        """
+        scattered = self.budget - self._used >= size
+        if not scattered:
+            victim = self._least_valuable(keep)
+            if victim is None:
+                return False
+            if self._stretch(victim) >= size:
+                self._remove(victim.digest)
+                return True
+        cost, first, last = self._cheapest_run(size, keep)
+        if scattered:
+            gathering = self._cheapest_run(size, self._extents)
+            if gathering[0] <= cost:
+                (_, first, last), keep = gathering, self._extents
+        end, stay = self._below(first), []
+        for extent in self._ordered[first:last]:
+            if self.evictable(extent.digest, keep):
+                self._remove(extent.digest)
+            else:
+                stay.append(extent)
+        return first < last and self._slide(stay, end)
+
+    def _least_valuable(self, keep: Collection[str]) -> _Extent | None:
+        """Of the adapters that may go, the one of least value.
 
         Value is frequency x recency x cost of a reload, for each byte held (GreedyDual-Size-Frequency without its
         clock: Cherkasova 1998).
         """
-        free, passed = self.budget - self._used, []
-        victims: dict[str, float] = {}
-        while free < size and self._by_worth:  # then there may be no hole of that size yet: compaction is cheaper
-            worth, digest = heappop(self._by_worth)
-            if digest not in self._extents or digest in victims:
+        passed, found = [], None
+        while self._by_worth and found is None:
+            listed, digest = heappop(self._by_worth)
+            extent = self._extents.get(digest)
+            if extent is None or extent.listed != listed:
                 continue
-            now_worth = self._worth(digest)
-            if worth < now_worth:
-                heappush(self._by_worth, (now_worth, digest))
-            elif self.evictable(digest, keep):
-                victims[digest] = worth
-                free += self.size(digest)
-            else:
-                passed.append((worth, digest))
-        if free < size:
-            passed += [(worth, digest) for digest, worth in victims.items()]
-            victims.clear()
+            extent.listed = self._worth(digest)
+            if listed < extent.listed:
+                heappush(self._by_worth, (extent.listed, digest))
+                continue
+            passed.append((listed, digest))
+            if self.evictable(digest, keep):
+                found = extent
         for entry in passed:
             heappush(self._by_worth, entry)
-        for digest in victims:
-            self._remove(digest)
-        return free >= size
+        return found
+
+    def _stretch(self, extent: _Extent) -> int:
+        """Bytes that are free once the adapter is gone: its own, and the holes beside it."""
+        at = bisect_left(self._ordered, extent.offset, key=_offset)
+        return self._above(at) - self._below(at)
+
+    def _below(self, at: int) -> int:
+        """Where the adapter before the one at this place ends."""
+        return self._ordered[at - 1].offset + self._ordered[at - 1].size if at else 0
+
+    def _above(self, at: int) -> int:
+        """Where the adapter after the one at this place begins."""
+        return self._ordered[at + 1].offset if at + 1 < len(self._ordered) else self.budget
+
+    def _cheapest_run(self, size: int, keep: Collection[str]) -> tuple[float, int, int]:
+        """The neighbours between which `size` bytes can be had at the least cost: seconds, first and last (excluded).
+
+        What goes has to be reloaded as often as it was used lately, what stays has to be moved. With every byte that
+        is moved the cheapest run costs less: a slide that takes several steps comes to its end. (inf, 0, 0): none.
+        """
+        now = self._clock() / HALF_LIFE
+        best = (inf, 0, 0)
+        costs: list[tuple[int, float]] = []  # of each adapter: bytes that stay occupied, seconds
+        first = occupied = 0
+        cost = 0.0
+        for last, extent in enumerate(self._ordered):
+            if self.evictable(extent.digest, keep):
+                costs.append((0, 2.0 ** (self._worth(extent.digest) - now) * extent.size))
+            else:
+                costs.append((extent.size, extent.copied / MOVE_RATE))
+            occupied += costs[last][0]
+            cost += costs[last][1]
+            above = self._above(last)
+            while first < last and above - self._below(first + 1) - (occupied - costs[first][0]) >= size:
+                occupied -= costs[first][0]
+                cost -= costs[first][1]
+                first += 1
+            if cost < best[0] and above - self._below(first) - occupied >= size:
+                best = (cost, first, last + 1)
+        return best
 
     def _worth(self, digest: str) -> float:
         """Base 2 logarithm of the value, but for a factor that grows with time and is the same for all: so the order of
@@ -264,24 +333,27 @@ class Residency:
         self._ordered.remove(extent)
         self._loading.pop(digest, None)
         self._used -= extent.size
+        self._no_hole = self.budget + 1
         self._spare_handles.append(extent.handle)
         self._instructions.append(AdapterDrop(extent.handle))
+        if len(self._by_worth) > 2 * len(self._extents) + 64:  # mostly of those that are gone
+            self._by_worth = [(one.listed, one.digest) for one in self._ordered]
+            heapify(self._by_worth)
 
-    def _compact(self, size: int) -> int | None:
-        """Slide adapters down into the holes below them, within this step's bytes, until a hole of `size` opens."""
-        end = 0
-        for extent in self._ordered:
+    def _slide(self, extents: list[_Extent], end: int) -> bool:
+        """Move adapters down, one behind the other from byte `end` on; False where this step's bytes do not suffice."""
+        for extent in extents:
             if extent.offset > end:
-                if self._moved and self._moved + extent.size > self._move_bytes:
-                    return None
-                self._moved += extent.size
-                self._instructions.append(AdapterMove(extent.handle, extent.offset, end, extent.size))
+                nbytes = _aligned(extent.copied)
+                if self._moved and self._moved + nbytes > self._move_bytes:
+                    return False
+                self._moved += nbytes
+                if nbytes:
+                    self._instructions.append(AdapterMove(extent.handle, extent.offset, end, nbytes))
                 extent.offset = end
-                offset = self._find(size)
-                if offset is not None:
-                    return offset
+                self._no_hole = self.budget + 1
             end = extent.offset + extent.size
-        return None
+        return True
 
     # --- between scheduler and runner -------------------------------------------------------------------------
 
