@@ -39,6 +39,11 @@ ROOMS: dict[str, set[str]] = {
     "client": set(),
     "server": {
         "engine.link",
+        "engine.lifeline",
+        "data.formats",
+        "train.audit",
+        "train.dataset",
+        "adapters.merge",
         "registry",
         "evals.leaderboard",
         "model.tokenizer",
@@ -54,6 +59,7 @@ ROOMS: dict[str, set[str]] = {
     "cli": {"*"},
     "demo": {"*"},
     "judge": {"*"},
+    "job": {"*"},
     "__main__": {"*"},
 }
 # library -> the only files or folders that may import it
@@ -73,7 +79,7 @@ HOMES: dict[str, set[str]] = {
     "adlfs": {"adapters/sources.py"},
     "sqlalchemy": {"registry/"},
     "alembic": {"registry/"},
-    "typer": {"cli.py"},
+    "typer": {"cli"},
     "zmq": {"engine/"},
     "peft": set(),
     "transformers": {"model/tokenizer.py"},
@@ -125,7 +131,7 @@ def inner(module: str) -> str:
 
 def room_of(module: str) -> str:
     name = inner(module)
-    return "ground" if name in GROUND else name.split(".")[0]
+    return "ground" if name in GROUND else "cli" if name.startswith("cli_") else name.split(".")[0]
 
 
 def imports(path: Path, *, with_types: bool = False) -> set[str]:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lorikeet import __version__
+from lorikeet import __version__, cli_up
+from lorikeet.cli_flags import one_of
 from lorikeet.errors import ConfigError, LorikeetError
 
 app = typer.Typer(
@@ -115,10 +116,10 @@ def serve(
 
     engine = EngineConfig(
         model=model,
-        device=_one_of(device, "--device", "auto", "cpu", "cuda"),
-        dtype=_one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
-        quantize=_one_of(quantize, "--quantize", "none", "int8"),
-        adapter_dtype=_one_of(adapter_dtype, "--adapter-dtype", "auto", "float32", "bfloat16"),
+        device=one_of(device, "--device", "auto", "cpu", "cuda"),
+        dtype=one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
+        quantize=one_of(quantize, "--quantize", "none", "int8"),
+        adapter_dtype=one_of(adapter_dtype, "--adapter-dtype", "auto", "float32", "bfloat16"),
         adapter_memory=size(adapter_memory, "--adapter-memory"),
         adapter_host_memory=size(adapter_host_memory, "--adapter-host-memory"),
         adapter_disk=size(adapter_disk, "--adapter-disk"),
@@ -144,9 +145,7 @@ def serve(
         ServeConfig(
             engine=engine,
             adapters=adapters,
-            adapter_sources=tuple(
-                _one_of(kind, "--adapter-sources", "hf", "s3", "gs", "az", "https") for kind in kinds
-            ),
+            adapter_sources=tuple(one_of(kind, "--adapter-sources", "hf", "s3", "gs", "az", "https") for kind in kinds),
             sources=sources,
             host=host,
             port=port,
@@ -156,10 +155,7 @@ def serve(
     )
 
 
-def _one_of(value: str, flag: str, *allowed: str) -> Any:
-    if value not in allowed:
-        raise ConfigError(f"{flag}: found {value!r}; expected {' | '.join(allowed)}", param=flag)
-    return value
+app.command(epilog=cli_up.EPILOG)(cli_up.up)
 
 
 @app.command(
@@ -236,7 +232,9 @@ def pretrain(
 
 
 adapters_app = typer.Typer(
-    help="Merge adapters into one, or fuse one into its base.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Merge adapters into one, fuse one into its base, or import what is no adapter yet.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
 )
 app.add_typer(adapters_app, name="adapters")
 
@@ -246,10 +244,16 @@ app.add_typer(adapters_app, name="adapters")
     epilog="[bold]Examples[/]\n\n"
     "lorikeet adapters merge runs/a runs/b --weights 0.7,0.3 --output runs/ab\n\n"
     "lorikeet adapters merge runs/a runs/b --weights 1,1 --method ties --density 0.5 --output runs/ties\n\n"
-    "lorikeet adapters merge runs/a runs/b --weights 1,-0.5 --method svd --svd-rank 8 --output runs/a-minus-b",
+    "lorikeet adapters merge runs/a runs/b --weights 1,-0.5 --method svd --svd-rank 8 --output runs/a-minus-b\n\n"
+    "lorikeet adapters merge hf://org/a@main s3://bucket/b --weights 1,1 --output runs/ab",
 )
 def merge_adapters(
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT folders of LoRA adapters; their ranks may differ.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            help="PEFT folders of LoRA adapters, or hf://, s3://, gs://, az://, https://; ranks may differ."
+        ),
+    ],
     weights: Annotated[str, typer.Option(help="A number for each adapter, such as 0.7,0.3; negative ones subtract.")],
     output: Annotated[Path, typer.Option(help="The PEFT folder to write.")],
     method: Annotated[
@@ -278,18 +282,19 @@ def merge_adapters(
         raise ConfigError(f"--weights: found {weights!r}; {expected}", param="--weights") from None
     sign_method = None
     if majority_sign_method is not None:
-        sign_method = _one_of(majority_sign_method, "--majority-sign-method", *SIGN_METHODS)
+        sign_method = one_of(majority_sign_method, "--majority-sign-method", *SIGN_METHODS)
     spec = MergeSpec(
-        adapters=tuple(str(folder) for folder in adapters),
+        adapters=tuple(adapters),
         weights=numbers,
-        method=_one_of(method, "--method", *METHODS),
+        method=one_of(method, "--method", *METHODS),
         density=density,
         majority_sign_method=sign_method,
         seed=seed,
         svd_rank=svd_rank,
     )
+    folders = [_adapter_folder(place) for place in adapters]
     with _progress("merging") as report:
-        merged = merge_folders(spec, adapters, output, force=force, report=report)
+        merged = merge_folders(spec, folders, output, force=force, report=report)
     ranks = [len(a) for a, _ in merged.pairs.values()]
     typer.echo(f"{output}: {len(ranks)} modules, rank {min(ranks)} to {max(ranks)}")
 
@@ -298,11 +303,14 @@ def merge_adapters(
     name="fuse",
     epilog="[bold]Examples[/]\n\n"
     "lorikeet adapters fuse ./Qwen2.5-0.5B-Instruct runs/support --output ./qwen-support\n\n"
-    "lorikeet adapters fuse lorikeet-nano runs/demo/intent --output ./nano-intent --dtype float32",
+    "lorikeet adapters fuse lorikeet-nano runs/demo/intent --output ./nano-intent --dtype float32\n\n"
+    "lorikeet adapters fuse ./Qwen2.5-0.5B-Instruct hf://org/support@v2 --output ./qwen-support",
 )
 def fuse_adapter(
     base: Annotated[str, typer.Argument(help="Folder or hub id of the base; lorikeet-nano is the embedded one.")],
-    adapter: Annotated[Path, typer.Argument(help="PEFT folder of the adapter.")],
+    adapter: Annotated[
+        str, typer.Argument(help="PEFT folder of the adapter, or hf://, s3://, gs://, az://, https://.")
+    ],
     output: Annotated[Path, typer.Option(help="The model folder to write.")],
     dtype: Annotated[str, typer.Option(help="auto (the base's own) | float32 | bfloat16 | float16")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
@@ -315,7 +323,7 @@ def fuse_adapter(
     from lorikeet.model.families import load_spec, read_json
     from lorikeet.model.sources import checkpoint_files, find_model, identify
 
-    wanted = _one_of(dtype, "--dtype", "auto", "float32", "bfloat16", "float16")
+    wanted = one_of(dtype, "--dtype", "auto", "float32", "bfloat16", "float16")
     folder = find_model(base)
     model = BaseModel(
         folder=folder,
@@ -324,19 +332,65 @@ def fuse_adapter(
         spec=load_spec(folder, handled=("quantization_config",)),
         identity=lambda: identify(folder),
     )
+    adapter_folder = _adapter_folder(adapter)
     with _progress("fusing") as report:
         lock = fuse(
             model,
-            adapter,
+            adapter_folder,
             output,
             dtype=None if wanted == "auto" else wanted,
             force=force,
             allow_lock_mismatch=allow_lock_mismatch,
             report=report,
         )
-    typer.echo(f"{output}: {folder.name} with {adapter.name}")
+    typer.echo(f"{output}: {folder.name} with {adapter}")
     if lock is not None and lock.template is not None and lock.template.kind == "prompt":
         typer.echo(f"a checkpoint has no place for the adapter's prompt template; it is: {lock.template.text!r}")
+
+
+@adapters_app.command(
+    name="import-pyreft",
+    epilog="[bold]Examples[/]\n\n"
+    "lorikeet adapters import-pyreft ./reft_to_share --positions f7+l7 --output runs/reft\n\n"
+    "lorikeet adapters import-pyreft results/checkpoint-500 --positions l1 --output runs/reft --force\n\n"
+    "lorikeet adapters import-pyreft official_results/run --output runs/reft     positions of its args.json",
+)
+def import_pyreft_adapter(
+    folder: Annotated[Path, typer.Argument(help="What ReftModel.save wrote, or a checkpoint of pyreft's trainer.")],
+    output: Annotated[Path, typer.Option(help="The adapter's folder to write.")],
+    positions: Annotated[
+        str | None,
+        typer.Option(help="Tokens of the prompt that were trained, such as f7+l7; pyreft's files do not say it."),
+    ] = None,
+    last_offset: Annotated[
+        int,
+        typer.Option(
+            help="Tokens at the prompt's end that were left out: 1 where ReftSupervisedDataset and its like were used.",
+            min=0,
+        ),
+    ] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Make an adapter of a LoReFT that pyreft saved; linear activation, the same weights for first and last tokens."""
+    from lorikeet.adapters.pyreft import import_pyreft
+
+    ranks = import_pyreft(folder, output, positions=positions, last_offset=last_offset, force=force)
+    typer.echo(f"{output}: layers {', '.join(map(str, ranks))}, rank {next(iter(ranks.values()))}")
+
+
+def _adapter_folder(place: str) -> Path:
+    """A folder of this machine, or what is fetched from elsewhere into the cache, with the server's own credentials."""
+    if "://" not in place:
+        return Path(place)
+    from lorikeet.adapters.sources import fetch
+    from lorikeet.config import SourceConfig
+    from lorikeet.model.sources import cache_folder
+
+    with _progress(place) as report:
+        config = SourceConfig(total_seconds=3600.0)
+        folder = fetch(place, cache_folder() / "downloads", config=config, report=report)
+    typer.echo(f"{place}: {folder}", err=True)
+    return folder
 
 
 @contextmanager
@@ -388,8 +442,8 @@ def bench(
 
     config = EngineConfig(
         model=model,
-        dtype=_one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
-        quantize=_one_of(quantize, "--quantize", "none", "int8"),
+        dtype=one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
+        quantize=one_of(quantize, "--quantize", "none", "int8"),
         max_seqs=max_seqs,
         step_tokens=step_tokens,
         threads=threads,

@@ -282,8 +282,22 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     longest_backoff: float = 10.0
 
 
+class PlatformConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`lorikeet up`: what there is beside serving, below one home folder. Sizes in bytes, times in seconds."""
+
+    home: str
+    catalog: str | None = None  # URL of a PostgreSQL database; None: a SQLite file in the home folder
+    blobs: str | None = None  # URL of an object store; None: a folder in the home folder
+    job_concurrency: int = 1  # job processes at once; a joint run is one
+    job_memory: int | None = None  # of all job processes together; None: half of the machine's
+    job_threads: int | None = None  # CPU threads of each; None: all cores, at a low priority
+    join: int = 8  # jobs of one joint run at most; 1: none are joined
+    max_upload: int = 2 * 2**30  # of one request, all its files together
+    folders: int = 20 * 2**30  # of adapters and datasets that lie ready as folders
+
+
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`lorikeet serve`: the engine and the HTTP process in front of it."""
+    """`lorikeet serve`: the engine and the HTTP process in front of it; with `platform`, `lorikeet up`."""
 
     engine: EngineConfig = EngineConfig()
     adapters: str | None = None
@@ -295,6 +309,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     max_body: int = 16 * 2**20
     served_name: str | None = None  # the base's name in `model`; default: its own
+    platform: PlatformConfig | None = None
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

@@ -84,6 +84,13 @@ class UnsupportedFieldError(LorikeetError):
     status = 422
 
 
+class ForbiddenError(LorikeetError):
+    """Whoever asks is known, but may not do this."""
+
+    code = "forbidden"
+    status = 403
+
+
 class NotFoundError(LorikeetError):
     """An unknown model or adapter."""
 

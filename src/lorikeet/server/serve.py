@@ -22,6 +22,7 @@ from lorikeet.server.app import create_app
 from lorikeet.server.catalogue import Catalogue, Refusal
 from lorikeet.server.fetcher import Fetcher
 from lorikeet.server.models import Models, ServedModel, base_model
+from lorikeet.server.platform import Platform
 from lorikeet.server.state import ServerState
 
 log = logging.getLogger("lorikeet.server")
@@ -42,6 +43,13 @@ def run_serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, drain, return. Raises what makes serving impossible."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(name)s: %(message)s")
     asyncio.run(serve(config, listen(config.host, config.port)))
+
+
+def run_up(config: ServeConfig) -> None:
+    """`run_serve` with the platform. Raises `ConfigError` for a config that has none."""
+    if config.platform is None:
+        raise ConfigError("platform: missing; `lorikeet up` needs a home folder", param="platform")
+    run_serve(config)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -67,7 +75,8 @@ def make_state(config: ServeConfig, engine: EngineClient | None = None) -> Serve
     catalogue = Catalogue(None if config.adapters is None else Path(config.adapters), base.name)
     engine = engine or EngineClient(config.engine)
     fetcher = Fetcher(config.adapter_sources, cache_folder() / "downloads", config.sources)
-    return ServerState(config=config, engine=engine, models=Models(base, catalogue, engine, fetcher))
+    platform = None if config.platform is None else Platform(config.platform, config.engine.model)
+    return ServerState(config=config, engine=engine, models=Models(base, catalogue, engine, fetcher), platform=platform)
 
 
 def base_name(config: ServeConfig, folder: Path) -> str:
@@ -102,6 +111,8 @@ async def serve(
     serving = asyncio.create_task(server.serve([listener]))
     try:
         if await _start_engine(state, stop):
+            if state.platform is not None:
+                await state.platform.start()
             await show_start(state, listener.getsockname()[1])
             if on_ready is not None:
                 on_ready(state)
@@ -109,6 +120,8 @@ async def serve(
             log.info("draining: %d requests in flight, up to %g s", state.engine.in_flight, config.drain_seconds)
             await _first(state.engine.drain(config.drain_seconds), at_once.wait())
     finally:
+        if state.platform is not None:
+            await state.platform.stop()
         await state.engine.stop()
         server.should_exit = True
         await serving

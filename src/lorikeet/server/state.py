@@ -10,6 +10,7 @@ from lorikeet.engine.link import EngineClient, EngineInfo
 from lorikeet.errors import UnavailableError
 from lorikeet.server.metrics import Metrics
 from lorikeet.server.models import Models
+from lorikeet.server.platform import Platform
 
 
 @dataclass
@@ -17,6 +18,7 @@ class ServerState:
     config: ServeConfig
     engine: EngineClient
     models: Models
+    platform: Platform | None = None  # of `lorikeet up`
     metrics: Metrics = field(default_factory=Metrics)
     started: float = field(default_factory=time.time)
 
