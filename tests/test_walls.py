@@ -73,7 +73,7 @@ HOMES: dict[str, set[str]] = {
     "httpx": {"client.py"},
     "sklearn": {"evals/"},
     "scipy": {"simulate/fit.py"},
-    "fsspec": {"adapters/sources.py", "registry/blobs.py"},
+    "fsspec": {"adapters/sources.py", "registry/objects.py"},
     "s3fs": {"adapters/sources.py"},
     "gcsfs": {"adapters/sources.py"},
     "adlfs": {"adapters/sources.py"},
@@ -112,7 +112,7 @@ NO_TORCH = [
     "lorikeet.server.app",
     "lorikeet.server.serve",
     "lorikeet.evals.harness",
-    "lorikeet.registry.catalog",
+    "lorikeet.registry.home",
     "lorikeet.simulate.run",
     "lorikeet.simulate.fit",
 ]

@@ -57,5 +57,9 @@ def open_catalog(place: Path | str, clock: Callable[[], float] = time.time) -> C
         place.parent.mkdir(parents=True, exist_ok=True)
         place = sqlite_url(place.absolute())
     database = Database(place, clock)
-    migrate(database)
+    try:
+        migrate(database)
+    except BaseException:
+        database.close()
+        raise
     return Catalog(database)

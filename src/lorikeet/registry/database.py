@@ -109,7 +109,8 @@ class Database:
     def _told(self, error: Exception) -> LorikeetError:
         """Without the statement and its values, which may be secret."""
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        return UnavailableError(f"the catalog at {self.url} does not answer: {reason}", hint="try again", retry_after=1.0)  # fmt: skip  # noqa: E501
+        said = f"the catalog at {self.url} does not answer: {reason}"
+        return UnavailableError(said, hint="try again", retry_after=1.0)
 
 
 class Part:

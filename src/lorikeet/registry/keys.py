@@ -184,7 +184,7 @@ class Keys(Part):
     @change
     def grant(self, session: Session, who: Actor, key_id: str, repositories: Iterable[str] | None) -> Key:
         """Let a key use exactly these repositories, by name; None: all."""
-        row = _key(session, who, key_id)
+        row = _key(session, who, key_id, lock=True)
         session.execute(delete(GrantRow).where(GrantRow.key_id == row.id))
         row.every_repository = repositories is None
         names = sorted(set(repositories or ()))
@@ -198,7 +198,7 @@ class Keys(Part):
     @change
     def revoke(self, session: Session, who: Actor, key_id: str) -> Key:
         """It opens nothing from the next request on."""
-        row = _key(session, who, key_id)
+        row = _key(session, who, key_id, lock=True)
         if row.revoked is None:
             row.revoked = self._now
             log_change(session, who, self._now, "key.revoke", row.id, row.name)
@@ -243,8 +243,9 @@ def _users(who: Actor, name: str) -> Select[UserRow]:
     return select(UserRow).where(UserRow.tenant_id == who.tenant, UserRow.name == name)
 
 
-def _key(session: Session, who: Actor, key_id: str) -> KeyRow:
-    row = session.scalar(select(KeyRow).where(KeyRow.id == key_id, KeyRow.tenant_id == who.tenant).with_for_update())
+def _key(session: Session, who: Actor, key_id: str, *, lock: bool = False) -> KeyRow:
+    wanted = select(KeyRow).where(KeyRow.id == key_id, KeyRow.tenant_id == who.tenant)
+    row = session.scalar(wanted.with_for_update() if lock else wanted)
     if row is None:
         raise not_found("key", key_id, param="key")
     return row

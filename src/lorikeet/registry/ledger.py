@@ -10,8 +10,8 @@ from lorikeet.registry.database import Part, change, query
 from lorikeet.registry.records import Manifest
 from lorikeet.registry.schema import BlobRow, ContentRow
 
-DOOMED_SECONDS = 600.0  # after which a collector that doomed a blob is taken for dead
-_BATCH = 500
+DOOMED_SECONDS = 30.0  # after which a collector that doomed a blob has given it up
+_BATCH = 50
 
 
 class Ledger(Part):

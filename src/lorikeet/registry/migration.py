@@ -5,6 +5,7 @@ Whoever comes first holds the lock (SQLite's write lock, an advisory lock of Pos
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from pathlib import Path
 
@@ -43,9 +44,9 @@ def migrate(database: Database, target: str = "head") -> None:
                 hint="install that version, or use another --home",
                 param="catalog",
             ) from error
-        except DBAPIError as error:
+        except (DBAPIError, sqlite3.Error) as error:  # those of new connections come as they are
             if not is_busy(error) or time.monotonic() > deadline:
-                reason = str(error.orig).strip().splitlines()[0]
+                reason = str(getattr(error, "orig", error)).strip().splitlines()[0]
                 raise UnavailableError(f"the catalog at {database.url} cannot be opened: {reason}") from error
         time.sleep(0.02)
 

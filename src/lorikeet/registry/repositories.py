@@ -88,10 +88,10 @@ class Repositories(Part):
         for alias in session.scalars(select(AliasRow).where(AliasRow.repository_id == row.id)):
             drop_alias(session, who, alias, self._now)
         alive = select(VersionRow).where(VersionRow.repository_id == row.id, VersionRow.deleted.is_(None))
-        count = 0
-        for count, version in enumerate(session.scalars(alive), 1):  # noqa: B007
+        versions = session.scalars(alive).all()
+        for version in versions:
             version.deleted = self._now
-        log_change(session, who, self._now, "repository.delete", row.id, name, versions=count)
+        log_change(session, who, self._now, "repository.delete", row.id, name, versions=len(versions))
 
 
 # --- for the other parts ------------------------------------------------------------------------------------------
