@@ -250,9 +250,7 @@ app.add_typer(adapters_app, name="adapters")
 def merge_adapters(
     adapters: Annotated[
         list[str],
-        typer.Argument(
-            help="PEFT folders of LoRA adapters, or hf://, s3://, gs://, az://, https://; ranks may differ."
-        ),
+        typer.Argument(help="Folders of LoRA adapters, or hf://, s3://, gs://, az://, https://; ranks may differ."),
     ],
     weights: Annotated[str, typer.Option(help="A number for each adapter, such as 0.7,0.3; negative ones subtract.")],
     output: Annotated[Path, typer.Option(help="The PEFT folder to write.")],
@@ -343,7 +341,7 @@ def fuse_adapter(
             allow_lock_mismatch=allow_lock_mismatch,
             report=report,
         )
-    typer.echo(f"{output}: {folder.name} with {adapter}")
+    typer.echo(f"{output}: {folder.name} with {Path(adapter).name}")
     if lock is not None and lock.template is not None and lock.template.kind == "prompt":
         typer.echo(f"a checkpoint has no place for the adapter's prompt template; it is: {lock.template.text!r}")
 

@@ -302,7 +302,10 @@ def test_hub(hub: FileServer, store: Path) -> None:
     commit = publish(hub, "org/name", {**files, "README.md": b"#", "optimizer.pt": b"no"})
     config = SourceConfig(stall_seconds=2, backoff_seconds=0.01)
     hub.drop_after = [1_000_000]
-    folder = fetch("hf://org/name", store, None, config)
+    heard: list[tuple[int, int]] = []
+    folder = fetch("hf://org/name", store, None, config, report=lambda here, total: heard.append((here, total)))
+    total = sum(map(len, files.values()))
+    assert heard == sorted(heard) and heard[-1] == (total, total)
     assert contents(folder) == files and hub.sent[f"/cdn/{commit}/{WEIGHTS}"] == len(files[WEIGHTS])
     assert fetch(f"hf://org/name@{commit}", store, None, config) == folder
     assert hub.asked("GET", f"/cdn/{commit}/{WEIGHTS}") == 2

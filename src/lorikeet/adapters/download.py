@@ -16,7 +16,7 @@ import random
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ SPARE = 64 * 2**20  # bytes of the disk that a download leaves free
 STALE_SECONDS = 86_400.0  # after which a download nobody went on with is removed
 RECENT_SECONDS = 600.0  # an adapter used so lately is not trimmed: somebody may be about to read it
 _LOCK_POLL = 0.05
+Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class Store:
             os.utime(folder)  # when it was last of use
         return folder
 
-    def bring(self, source: Source, manifest: Manifest, deadline: Deadline) -> Path:
-        """The adapter's folder, downloaded where it is not here yet.
+    def bring(self, source: Source, manifest: Manifest, deadline: Deadline, report: Report | None = None) -> Path:
+        """The adapter's folder, downloaded where it is not here yet. `report` hears of (bytes here, bytes in all).
 
         Raises `SourceError`, `AdapterError`, `DiskFullError`, and `DeadlineError` when the deadline passes.
         """
@@ -125,7 +126,10 @@ class Store:
         try:
             for part in ("blobs", "adapters", "known", "partial", "locks"):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
-            blobs = {one.name: self._blob(source, one, deadline) for one in manifest.files}
+            blobs, before = {}, 0
+            for one in manifest.files:
+                blobs[one.name] = self._blob(source, one, deadline, _shifted(report, before, manifest.size))
+                before += one.size
             folder = self._land(blobs)
         except OSError as error:
             raise _disk_error(error, self.folder) from error
@@ -147,7 +151,7 @@ class Store:
             return None
         return sha if (self.folder / "blobs" / sha).exists() else None
 
-    def _blob(self, source: Source, file: RemoteFile, deadline: Deadline) -> str:
+    def _blob(self, source: Source, file: RemoteFile, deadline: Deadline, report: Callable[[int], None]) -> str:
         with self._alone(file.key, deadline):
             sha = self._known(file)
             if sha is not None:
@@ -158,7 +162,7 @@ class Store:
                     f"{file.name} has {file.size} bytes, {self.folder} has {free} free, of which {SPARE} stay so",
                     hint="free some space, or set LORIKEET_CACHE to another disk",
                 )
-            download = Download(source, file, self.folder / "partial" / file.key, self.config)
+            download = Download(source, file, self.folder / "partial" / file.key, self.config, report)
             sha = download.run(deadline)
             blob = self.folder / "blobs" / sha
             if blob.exists():  # from another place; adapters are linked to the one that is here
@@ -248,8 +252,16 @@ class Store:
 class Download:
     """One file on its way to `path`, which holds as much of it as has come."""
 
-    def __init__(self, source: Source, file: RemoteFile, path: Path, config: SourceConfig) -> None:
+    def __init__(
+        self,
+        source: Source,
+        file: RemoteFile,
+        path: Path,
+        config: SourceConfig,
+        report: Callable[[int], None] = lambda here: None,
+    ) -> None:
         self.path = path
+        self._report = report
         self._source = source
         self._file = file
         self._config = config
@@ -309,6 +321,7 @@ class Download:
             except OSError as error:
                 self._give_up(error)
             at += len(chunk)
+            self._report(at)
             if not looked and at >= 8:
                 self._look_at_header()
                 looked = True
@@ -383,6 +396,11 @@ def check_sizes(manifest: Manifest, limit: int) -> None:
             f"{manifest.title} has {manifest.size} bytes, more than the {limit} taken for one adapter",
             hint="start the server with a larger --max-adapter-bytes",
         )
+
+
+def _shifted(report: Report | None, before: int, total: int) -> Callable[[int], None]:
+    """For a file after `before` bytes of others: what it hears of the file, `report` hears of all."""
+    return lambda here: None if report is None else report(before + here, total)
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from lorikeet.types import BaseIdentity
 
 WEIGHTS, LOCK = "adapter_model.safetensors", "lorikeet.json"
 # What an adapter's folder may hold of a tokenizer of its own (`model.tokenizer.Tokenizers`).
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
 Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what makes an adapter
 # What a stored tensor is of its module. A and B: LoRA. `rows`: trained rows of an embedding or a head. `weight`: the
 # module's own. `original`: that of the base below what was trained. `shared` parts belong to the adapter as a whole.
@@ -232,6 +232,11 @@ def write_peft(
     }
     if lock is not None:
         contents[LOCK] = msgspec.json.format(msgspec.json.encode(lock), indent=2)
+    write_folder(folder, contents)
+
+
+def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a folder of files by name; it appears whole or not at all, and replaces an older one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.{os.getpid()}.new"
     shutil.rmtree(fresh, ignore_errors=True)

@@ -27,9 +27,9 @@ def missing_config(folder: Path, config: str) -> AdapterError:
     """`folder` has no `config`: what it is then."""
     hint = f"the folder is {folder}"
     if any(folder.glob("intkey_*.bin")):
-        hint = f"this is pyreft's; make an adapter of it: lorikeet adapters import-pyreft {folder} OUTPUT"
+        hint = f"this is pyreft's; make an adapter of it: lorikeet adapters import-pyreft {folder} --output OUTPUT"
     elif any(folder.glob("intervenable_model/intkey_*.bin")):
-        hint = f"this is a checkpoint of pyreft's trainer: lorikeet adapters import-pyreft {folder} OUTPUT"
+        hint = f"this is a checkpoint of pyreft's trainer: lorikeet adapters import-pyreft {folder} --output OUTPUT"
     elif (folder / "model_weights" / config).exists():
         hint = f"Ludwig keeps the adapter in a folder of its own: {folder / 'model_weights'}"
     elif any(folder.glob("adapter_*.pt")):

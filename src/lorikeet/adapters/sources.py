@@ -28,11 +28,12 @@ from lorikeet.adapters.download import (
     Chunks,
     Manifest,
     RemoteFile,
+    Report,
     Source,
     Store,
     pause,
 )
-from lorikeet.adapters.files import LOCK, WEIGHTS
+from lorikeet.adapters.files import LOCK, TOKENIZER_FILES, WEIGHTS
 from lorikeet.adapters.references import Credentials, Kind, Reference, parse
 from lorikeet.adapters.transport import Deadline, Http, Reply, TransientError
 from lorikeet.config import SourceConfig
@@ -47,7 +48,7 @@ from lorikeet.errors import (
 
 log = logging.getLogger("lorikeet.sources")
 
-FILES = {CONFIG: True, WEIGHTS: True, LOCK: False}  # name -> must be there
+FILES = {CONFIG: True, WEIGHTS: True, LOCK: False, **dict.fromkeys(TOKENIZER_FILES, False)}  # name -> must be there
 WINDOW = 8 * 2**20  # bytes of one request to an object store
 _MAX_LISTING = 8 * 2**20  # bytes of what the hub says of a repository
 _PICKLED = "adapter_model.bin"
@@ -68,8 +69,10 @@ def fetch(
     config: SourceConfig | None = None,
     *,
     local_root: Path | None = None,
+    report: Report | None = None,
 ) -> Path:
-    """A folder below `folder` with the adapter's files, downloaded where they are not there yet.
+    """A folder below `folder` with the adapter's files, downloaded where they are not there yet. `report` hears of
+    (bytes here, bytes in all).
 
     Raises `NotFoundError` for what is not there or not for these credentials, `SourceRefusedError`, `SourceError`,
     `AdapterError`, `DiskFullError`, `DeadlineError`.
@@ -79,7 +82,7 @@ def fetch(
         reference = parse(reference)
     source = open_source(reference, credentials or Credentials(), config, local_root=local_root)
     deadline = Deadline.after(config.total_seconds)
-    return Store(folder, config).bring(source, look(source, reference, config, deadline), deadline)
+    return Store(folder, config).bring(source, look(source, reference, config, deadline), deadline, report)
 
 
 def open_source(
@@ -131,8 +134,10 @@ def _pinned(manifest: Manifest, reference: Reference) -> Manifest:
 
 def _gathered(title: str, find: Callable[[str], RemoteFile | None]) -> Manifest:
     """The manifest of what `find` finds by name. Raises `NotFoundError`, or `AdapterError` for pickled weights."""
-    files = []
+    files: list[RemoteFile] = []
     for name, needed in FILES.items():
+        if name in TOKENIZER_FILES[1:] and files[-1].name not in TOKENIZER_FILES:
+            break  # every question costs a round trip, and who saves a tokenizer saves its config
         found = find(name)
         if found is not None:
             files.append(found)
