@@ -351,3 +351,5 @@ def parse_size(text: str | int, param: str = "size") -> int:
     if not math.isfinite(size) or size < 1:
         raise ConfigError(f"{param}: found {text!r}; expected a size above zero", param=param)
     return int(size)
+    cors_origins: tuple[str, ...] = ()  # pages from elsewhere that may use the server, such as https://app.example.com
+    allowed_hosts: tuple[str, ...] = ()  # names by which a server that needs no key may be reached, beside its own

@@ -156,7 +156,8 @@ def test_a_client_that_asks_before_it_sends_is_told_at_once(live: Hosted) -> Non
     address = live.http.base_url
     with socket.create_connection((address.host, address.port or 80), timeout=30) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nExpect: 100-continue\r\nContent-Length: 209715200\r\n\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+            b"Content-Length: 209715200\r\n\r\n"
         )
         assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
 

@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 
 from lorikeet.errors import InvalidRequestError, LorikeetError
 from lorikeet.model.tokenizer import Tokenizer
+from lorikeet.registry.records import Actor
+from lorikeet.server.auth import Principal
 from lorikeet.server.generation import Assembler, Completion, Job, check_length
 from lorikeet.server.models import ServedModel
 from lorikeet.types import ErrorInfo, Event, SamplingParams, TokenLogprob
+
+LOCAL = Principal(Actor(tenant=""))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def tokenizer(bare_model: Path) -> Tokenizer:
 
 def assemble(tokenizer: Tokenizer, events: list[Event], stop: tuple[str, ...] = (), **sampling: Any) -> Completion:
     model = ServedModel(name="base", tokenizer=tokenizer)
-    job = Job(request_id="r", model=model, tokens=[7], sampling=SamplingParams(**sampling), stop=stop)
+    job = Job(request_id="r", caller=LOCAL, model=model, tokens=[7], sampling=SamplingParams(**sampling), stop=stop)
     assembler, completion = Assembler(job), Completion()
     for event in events:
         completion.add(assembler.push(event))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response, WebSocket
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.status import WS_1008_POLICY_VIOLATION as WS_POLICY_VIOLATION
+from starlette.websockets import WebSocketState
 
 from lorikeet import __version__
 from lorikeet.errors import LorikeetError
 from lorikeet.server import lorax, manage, openai
-from lorikeet.server.auth import check_key
+from lorikeet.server.auth import Access, needs, public
 from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
 from lorikeet.server.state import ServerState
 
@@ -18,15 +21,20 @@ log = logging.getLogger("lorikeet.server")
 
 
 def create_app(state: ServerState) -> FastAPI:
-    """The application over an engine that somebody else starts and stops."""
+    """The application over an engine that somebody else starts and stops. Raises `ConfigError`.
 
-    async def authorised(request: Request) -> None:
-        check_key(request, state.config.api_key)
-
+    `state.access` is made here, and is to be closed by who serves the application.
+    """
+    state.access = access = Access(state.config)
     app = FastAPI(
         title="Lorikeet", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
-        dependencies=[Depends(authorised)],
+        dependencies=[Depends(access.authorise)],
     )  # fmt: skip
+    if state.config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=state.config.cors_origins, allow_headers=["authorization", "content-type"],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        )  # fmt: skip
     app.include_router(openai.routes(state))
     app.include_router(lorax.routes(state))
     app.include_router(manage.routes(state))
@@ -54,21 +62,25 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
     @app.get("/health")
     @app.get("/health/ready")
     @app.get("/ping")
+    @public
     async def ready() -> Response:
         """200 while new requests are taken: not while the engine starts, nor while the server drains."""
         body, status = health()
         return json_reply(body, status, {"retry-after": "1"} if status == 503 else None)
 
     @app.get("/health/live")
+    @public
     async def live() -> Response:
         """200 as long as the server itself works; a restart would not help an engine that is being restarted."""
         return json_reply({"status": "live"})
 
     @app.get("/metrics")
+    @needs("user", operator=True)
     async def metrics() -> Response:
         return Response(await state.metrics.page(state.engine), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/")
+    @needs("user")
     async def root() -> Response:
         return json_reply(
             {
@@ -88,8 +100,11 @@ def _add_errors(app: FastAPI, state: ServerState) -> None:
         return json_reply(shape(error), error.status, error_headers(error))
 
     @app.exception_handler(LorikeetError)
-    async def known(request: Request, error: LorikeetError) -> Response:
-        return reply(request, error)
+    async def known(asked: Request | WebSocket, error: LorikeetError) -> Response | None:
+        if isinstance(asked, Request):
+            return reply(asked, error)
+        await refuse_socket(asked, error)
+        return None
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
@@ -104,8 +119,19 @@ def _add_errors(app: FastAPI, state: ServerState) -> None:
     async def gone(request: Request, error: ClientGoneError) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
+    async def refuse_socket(socket: WebSocket, error: LorikeetError) -> None:
+        """As a plain reply where the protocol was not switched yet, and the server can send one; else by closing."""
+        state.metrics.refused.labels(error.code).inc()
+        if socket.application_state != WebSocketState.CONNECTING:
+            await socket.close(WS_POLICY_VIOLATION, error.code)
+        elif "websocket.http.response" in socket.scope.get("extensions", {}):
+            body = json_reply(openai.error_body(error), error.status, error_headers(error))
+            await socket.send_denial_response(body)
+        else:
+            await socket.close(WS_POLICY_VIOLATION)
+
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
-        log.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+        log.exception("%s %r failed", request.method, request.url.path, exc_info=error)
         told = LorikeetError("the server failed to answer; its log has the details", hint="please report it")
         return reply(request, told)

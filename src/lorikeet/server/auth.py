@@ -1,14 +1,39 @@
-"""One key for the whole server, when it was started with one."""
+"""Who asks, and what they may. One dependency stands before every route, HTTP and WebSocket alike.
+
+An endpoint says what it takes, and one that says nothing takes an admin:
+
+    @router.post("/api/jobs")
+    @needs("trainer")
+    async def create_job(request: Request) -> Response:
+        who = principal(request).actor
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import ipaddress
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
-from fastapi import Request
+from starlette.requests import HTTPConnection
 
-from lorikeet.errors import LorikeetError
+from lorikeet.config import ServeConfig
+from lorikeet.errors import ConfigError, LorikeetError
+from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, Role
+from lorikeet.server.limits import Limits, Meter
 
-OPEN_PATHS = ("/health", "/ping")  # probes carry no key
+if TYPE_CHECKING:
+    from lorikeet.registry.catalog import Catalog
+
+RANKS: dict[Role, int] = {"user": 0, "trainer": 1, "admin": 2}
+LOOK_SECONDS = 1.0  # how soon a server without keys notices the first one, made by another process
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 
 class WrongKeyError(LorikeetError):
@@ -16,11 +41,232 @@ class WrongKeyError(LorikeetError):
     status = 401
 
 
-def check_key(request: Request, key: str | None) -> None:
-    """Raise `WrongKeyError` (401) unless the request carries `Authorization: Bearer <key>`."""
-    if key is None or request.url.path.startswith(OPEN_PATHS):
-        return
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
-        found = "a wrong one" if given else "none"
-        raise WrongKeyError(f"this server needs an API key, found {found}", hint="send Authorization: Bearer <key>")
+class ForbiddenError(LorikeetError):
+    """The caller is known, and may not."""
+
+    code = "forbidden"
+    status = 403
+
+
+class ForeignPageError(ForbiddenError):
+    """A browser asks on behalf of a page that is not the server's own."""
+
+    code = "foreign_origin"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """The caller of a request. `key` and `meter` are those of the catalog's key, if it came with one."""
+
+    actor: Actor
+    key: Key | None = None
+    meter: Meter | None = None
+
+    @property
+    def tenant(self) -> str:
+        """What the engine tells tenants apart by: their place in its queue, and their cache."""
+        return self.actor.tenant
+
+    @property
+    def role(self) -> Role:
+        return self.actor.role
+
+
+def principal(connection: HTTPConnection) -> Principal:
+    """The caller of a request or WebSocket that has passed `Access.authorise`; a public endpoint has none."""
+    found = connection.scope.get("state", {}).get("principal")
+    if not isinstance(found, Principal):
+        raise RuntimeError(f"{connection.url.path} is public: it has no principal")
+    return found
+
+
+# --- what an endpoint takes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """`operator`: it tells of, or acts on, the whole server, so only keys of the default tenant may."""
+
+    role: Role = "admin"
+    operator: bool = False
+    public: bool = False
+
+    def check(self, who: Principal) -> None:
+        """Raise `ForbiddenError` (403) when that is more than the caller is."""
+        if RANKS[who.role] < RANKS[self.role]:
+            raise ForbiddenError(
+                f"this takes the role {self.role}, found {who.role}", hint=f"use a key with the role {self.role}"
+            )
+        if self.operator and who.tenant not in ("", DEFAULT_TENANT):
+            raise ForbiddenError(
+                "this concerns all tenants of the server", hint="use a key of the default tenant", code="operator_only"
+            )
+
+
+def needs(role: Role, *, operator: bool = False) -> Callable[[Endpoint], Endpoint]:
+    """Mark an endpoint, below its router's decorator, with the least role that may use it."""
+    return lambda endpoint: _mark(endpoint, Demand(role, operator))
+
+
+def public(endpoint: Endpoint) -> Endpoint:
+    """Mark an endpoint that takes no key: probes, the page's own files, and what checks a token of its own."""
+    return _mark(endpoint, Demand(public=True))
+
+
+def _mark(endpoint: Endpoint, demand: Demand) -> Endpoint:
+    endpoint.demand = demand  # type: ignore[attr-defined]
+    return endpoint
+
+
+def demand_of(endpoint: object) -> Demand:
+    found = getattr(endpoint, "demand", None)
+    return found if isinstance(found, Demand) else Demand()
+
+
+# --- who comes in -------------------------------------------------------------------------------------------------
+
+
+class Access:
+    """The door of one server.
+
+    With a catalog that has keys, or with `--api-key`, a request carries one. Without, whoever reaches the server is
+    an admin of the default tenant: with a catalog that takes a loopback address, else `ConfigError`; and a browser
+    there must come from the server's own page.
+    """
+
+    def __init__(self, config: ServeConfig, catalog: Catalog | None = None) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._loopback = is_loopback(config.host)
+        self._origins = frozenset(map(_checked_origin, config.cors_origins))
+        self._limits = None if catalog is None else Limits(catalog.keys)
+        self._needs_key = config.api_key is not None
+        self._look_at = float("-inf")
+        if catalog is not None and not self._loopback and not self._needs_key and not catalog.keys.exist():
+            raise ConfigError(
+                f"--host {config.host} can be reached from elsewhere, and there is no key yet",
+                hint="make one with `lorikeet keys create --role admin NAME` (and --home, if it is given here), or "
+                "stay on 127.0.0.1",
+                param="host",
+            )
+
+    async def authorise(self, connection: HTTPConnection) -> None:
+        """Let the caller in as `principal`, or raise 401, 403 or 429. This stands before every route."""
+        demand = demand_of(connection.scope.get("endpoint"))
+        if demand.public:
+            return
+        who = await self.authenticate(connection)
+        if who.meter is not None:
+            who.meter.count_request()
+        demand.check(who)
+        connection.scope.setdefault("state", {})["principal"] = who
+
+    async def authenticate(self, connection: HTTPConnection) -> Principal:
+        """Who asks. Raises `WrongKeyError`; `ForeignPageError` where no key is needed and a foreign page asks."""
+        given = _bearer(connection)
+        if not await self.needs_key():
+            if self._loopback:
+                self._check_page(connection)
+            return Principal(self._local("local"))
+        if given is not None and self._is_api_key(given):
+            return Principal(self._local("api-key"))
+        if given is not None and self._catalog is not None and self._limits is not None:
+            found = await asyncio.to_thread(self._catalog.keys.authenticate, given)
+            if found is not None:
+                actor, key = found
+                return Principal(actor, key, await self._limits.meter(key))
+        raise WrongKeyError(
+            f"this server needs an API key, found {'none' if given is None else 'one that opens nothing'}",
+            hint="send Authorization: Bearer <key>",
+        )
+
+    async def needs_key(self) -> bool:
+        """Once there was a key there is no way back: one that expires must not open the server to everybody."""
+        catalog = self._catalog
+        if not self._needs_key and catalog is not None and (not self._loopback or time.monotonic() >= self._look_at):
+            self._needs_key = not self._loopback or await asyncio.to_thread(_any_key, catalog)
+            self._look_at = time.monotonic() + LOOK_SECONDS
+        return self._needs_key
+
+    def keys_changed(self) -> None:
+        """There may be a first key now."""
+        self._look_at = float("-inf")
+
+    async def flush(self) -> None:
+        """Write what keys used to the catalog now."""
+        if self._limits is not None:
+            await self._limits.flush()
+
+    async def close(self) -> None:
+        if self._limits is not None:
+            await self._limits.close()
+
+    def _local(self, name: str) -> Actor:
+        return Actor(tenant="" if self._catalog is None else DEFAULT_TENANT, name=name)
+
+    def _is_api_key(self, given: str) -> bool:
+        key = self._config.api_key
+        return key is not None and hmac.compare_digest(given.encode("latin-1"), key.encode())
+
+    def _check_page(self, connection: HTTPConnection) -> None:
+        """Against sites that drive a browser at this server: by a name that resolves to it, or by a form or script."""
+        host = connection.headers.get("host", "")
+        name = (_split(host).hostname or "").rstrip(".")
+        known = (self._config.host.lower(), *map(str.lower, self._config.allowed_hosts))
+        if not (is_loopback(name) or name.endswith(".localhost") or name in known):
+            raise ForeignPageError(
+                f"Host: found {host[:80]!r}; expected localhost, or a name given with --allowed-host",
+                hint="use the address the server listens on, start it with --allowed-host, or make a key",
+            )
+        if connection.scope["type"] == "http" and connection.scope["method"] in _SAFE:
+            return
+        origin = connection.headers.get("origin")
+        if origin is None:
+            foreign = connection.headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        else:
+            foreign = origin not in self._origins and origin.partition("://")[2].lower() != host.lower()
+        if foreign:
+            raise ForeignPageError(
+                f"Origin: found {(origin or 'another site')[:80]!r}; expected the server's own, or one given with "
+                "--cors-origin",
+                hint="start the server with --cors-origin, or make a key",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address can be reached from this machine alone."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _any_key(catalog: Catalog) -> bool:
+    """Whether a key was ever made, whatever became of it."""
+    return any(catalog.keys.all(Actor(tenant=one.id)) for one in catalog.people.tenants())
+
+
+def _bearer(connection: HTTPConnection) -> str | None:
+    kind, _, given = connection.headers.get("authorization", "").partition(" ")
+    return given.strip() or None if kind.lower() == "bearer" else None
+
+
+def _split(host: str) -> Any:
+    try:
+        return urlsplit(f"//{host}")
+    except ValueError:
+        return urlsplit("")
+
+
+def _checked_origin(origin: str) -> str:
+    """Raise `ConfigError` for what no browser sends as an origin, and for `*`."""
+    parts = urlsplit(origin)
+    if parts.scheme not in ("http", "https") or not parts.netloc or f"{parts.scheme}://{parts.netloc}" != origin:
+        raise ConfigError(
+            f"--cors-origin: found {origin!r}; expected one such as https://app.example.com, without a path",
+            hint="name each origin: * would let every site use this server" if origin == "*" else None,
+            param="cors_origin",
+        )
+    return origin

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import InvalidRequestError, LorikeetError, UnavailableError
 from lorikeet.model.tokenizer import StopMatcher, Tokenizer
+from lorikeet.server.auth import Principal
 from lorikeet.server.metrics import Metrics
 from lorikeet.server.models import ServedModel
 from lorikeet.types import Event, FinishReason, Request, SamplingParams, TokenLogprob
@@ -26,9 +27,11 @@ LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One prompt, one completion. The seed is drawn already, so that it can be reported and replayed."""
+    """One prompt, one completion, on behalf of `caller`. The seed is drawn already, so that it can be reported and
+    replayed."""
 
     request_id: str
+    caller: Principal
     model: ServedModel
     tokens: list[int]
     sampling: SamplingParams
@@ -73,14 +76,15 @@ class Delta:
 
 
 def make_jobs(
-    request_id: str, model: ServedModel, prompts: Sequence[list[int]], sampling: SamplingParams, stop: tuple[str, ...],
-    count: int, priority: int = 0, deadline: float | None = None,
+    request_id: str, caller: Principal, model: ServedModel, prompts: Sequence[list[int]], sampling: SamplingParams,
+    stop: tuple[str, ...], count: int, priority: int = 0, deadline: float | None = None,
 ) -> list[Job]:  # fmt: skip
     """`count` completions of every prompt, in the order of the choices; completion i of a prompt has seed + i."""
     assert sampling.seed is not None
     return [
         Job(
             request_id=f"{request_id}-{p * count + i}",
+            caller=caller,
             model=model,
             tokens=tokens,
             sampling=replace(sampling, seed=(sampling.seed + i) % 2**63),
@@ -124,7 +128,7 @@ async def generate(engine: EngineClient, metrics: Metrics, job: Job) -> AsyncGen
     try:
         request = Request(
             request_id=job.request_id, tokens=job.tokens, sampling=job.sampling, adapter=job.model.digest,
-            priority=job.priority, deadline=job.deadline,
+            tenant=job.caller.tenant, priority=job.priority, deadline=job.deadline,
         )  # fmt: skip
         stream = await engine.submit(request)
         try:
@@ -147,7 +151,28 @@ async def generate(engine: EngineClient, metrics: Metrics, job: Job) -> AsyncGen
 
 
 async def generate_all(engine: EngineClient, metrics: Metrics, jobs: list[Job]) -> AsyncGenerator[tuple[int, Delta]]:
-    """The deltas of all jobs as they come, each with its job's index. The first error ends all of them."""
+    """The deltas of all jobs as they come, each with its job's index. The first error ends all of them.
+
+    The jobs have one caller, whose quota holds what all of them may take before the first one starts. A prompt counts
+    once however many completions it has, and a request that came to nothing counts nothing.
+    """
+    meter = jobs[0].caller.meter
+    prompts = sum({id(job.tokens): len(job.tokens) for job in jobs}.values())
+    reserved = prompts + sum(job.sampling.max_tokens for job in jobs)
+    generated: dict[int, int] = {}
+    if meter is not None:
+        meter.reserve(reserved)
+    try:
+        async with aclosing(_generate_all(engine, metrics, jobs)) as deltas:
+            async for index, delta in deltas:
+                generated[index] = delta.completion_tokens
+                yield index, delta
+    finally:
+        if meter is not None:
+            meter.settle(reserved, prompts + sum(generated.values()) if generated else 0)
+
+
+async def _generate_all(engine: EngineClient, metrics: Metrics, jobs: list[Job]) -> AsyncGenerator[tuple[int, Delta]]:
     if len(jobs) == 1:
         async with aclosing(generate(engine, metrics, jobs[0])) as deltas:
             async for delta in deltas:

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from lorikeet import __version__
 from lorikeet.errors import InvalidRequestError, LorikeetError, UnsupportedFieldError
+from lorikeet.server.auth import Principal, needs, principal
 from lorikeet.server.generation import (
     Completion,
     Delta,
@@ -110,23 +111,27 @@ def routes(state: ServerState) -> APIRouter:
     router = APIRouter()
 
     @router.post("/generate")
+    @needs("user")
     async def generate(request: Request) -> Response:
         body = parse(GenerateBody, await read_body(request, state.config.max_body))
-        return await _whole(request, state, await _call(state, body), listed=False)
+        return await _whole(request, state, await _call(state, principal(request), body), listed=False)
 
     @router.post("/generate_stream")
+    @needs("user")
     async def generate_stream(request: Request) -> Response:
         body = parse(GenerateBody, await read_body(request, state.config.max_body))
-        return await _stream(request, state, await _call(state, body, streams=True))
+        return await _stream(request, state, await _call(state, principal(request), body, streams=True))
 
     @router.post("/")
+    @needs("user")
     async def compat(request: Request) -> Response:
         body = parse(CompatBody, await read_body(request, state.config.max_body))
         if body.stream:
-            return await _stream(request, state, await _call(state, body, streams=True))
-        return await _whole(request, state, await _call(state, body), listed=True)
+            return await _stream(request, state, await _call(state, principal(request), body, streams=True))
+        return await _whole(request, state, await _call(state, principal(request), body), listed=True)
 
     @router.get("/info")
+    @needs("user")
     async def info() -> Response:
         about = state.info
         return json_reply(
@@ -223,7 +228,7 @@ class LoraxCall:
         return headers
 
 
-async def _call(state: ServerState, body: GenerateBody, *, streams: bool = False) -> LoraxCall:
+async def _call(state: ServerState, caller: Principal, body: GenerateBody, *, streams: bool = False) -> LoraxCall:
     parameters = body.parameters or Parameters()
     if not body.inputs:
         raise UnsupportedFieldError("field 'inputs' is missing or empty", param="inputs", code="invalid_value")
@@ -232,7 +237,7 @@ async def _call(state: ServerState, body: GenerateBody, *, streams: bool = False
             "'parameters.decoder_input_details' is not supported when streaming, found True",
             param="parameters.decoder_input_details",
         )
-    model = await _model(state, parameters)
+    model = await _model(state, caller, parameters)
     prompt, tokens = await _prompt(model, body.inputs, bool(parameters.apply_chat_template))
     info = state.info
     if parameters.truncate is not None:
@@ -240,6 +245,7 @@ async def _call(state: ServerState, body: GenerateBody, *, streams: bool = False
     check_length(tokens, parameters.max_new_tokens, info.max_context, "inputs", "parameters.max_new_tokens")
     job = Job(
         request_id=f"lorax-{uuid.uuid4().hex}",
+        caller=caller,
         model=model,
         tokens=tokens,
         sampling=_sampling(parameters, info.max_context - len(tokens)),
@@ -248,11 +254,11 @@ async def _call(state: ServerState, body: GenerateBody, *, streams: bool = False
     return LoraxCall(state, model, prompt, parameters, job)
 
 
-async def _model(state: ServerState, parameters: Parameters) -> ServedModel:
+async def _model(state: ServerState, caller: Principal, parameters: Parameters) -> ServedModel:
     source, token = SOURCES.get(parameters.adapter_source), parameters.api_token
     merged = parameters.merged_adapters
     if merged is None:
-        return await state.models.get(parameters.adapter_id or None, source=source, token=token)
+        return await state.models.get(parameters.adapter_id or None, caller.actor, source=source, token=token)
     if parameters.adapter_id:
         raise UnsupportedFieldError(
             f"'parameters.adapter_id': expected null with merged_adapters, found {parameters.adapter_id!r}",
@@ -273,7 +279,7 @@ async def _model(state: ServerState, parameters: Parameters) -> ServedModel:
         density=None if method == "linear" else merged.density,  # the protocol's client always sends one
         majority_sign_method=merged.majority_sign_method,
     )
-    return await state.models.merged(spec, source=source, token=token)
+    return await state.models.merged(spec, caller.actor, source=source, token=token)
 
 
 def _merge_error(expected: str, found: object, field: str) -> UnsupportedFieldError:

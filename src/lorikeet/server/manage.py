@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from lorikeet.errors import InvalidRequestError, NotFoundError
+from lorikeet.registry.records import Actor
+from lorikeet.server.auth import needs, principal
 from lorikeet.server.models import ServedModel
 from lorikeet.server.replies import json_reply
 from lorikeet.server.state import ServerState
@@ -19,19 +21,23 @@ def routes(state: ServerState) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/adapters")
-    async def list_adapters() -> Response:
-        adapters, refusals = await state.models.listing()
+    @needs("user")
+    async def list_adapters(request: Request) -> Response:
+        adapters, refusals = await state.models.listing(principal(request).actor)
         stats = await _stats(state)
         refused = [{"name": one.name, "reason": one.reason} for one in refusals]
         body = {"object": "list", "data": [_describe(state, one, stats) for one in adapters], "refused": refused}
         return json_reply(body)
 
     @router.get("/v1/adapters/{name}")
-    async def get_adapter(name: str) -> Response:
-        return json_reply(_describe(state, await _adapter(state, name), await _stats(state)))
+    @needs("user")
+    async def get_adapter(request: Request, name: str) -> Response:
+        model = await _adapter(state, principal(request).actor, name)
+        return json_reply(_describe(state, model, await _stats(state)))
 
     @router.post("/v1/adapters/{name}/{action}")
-    async def manage_adapter(name: str, action: str) -> Response:
+    @needs("trainer")
+    async def manage_adapter(request: Request, name: str, action: str) -> Response:
         """The reply says where the adapter is then: one that is loaded arrives with the engine's next steps."""
         actions: dict[str, AdapterAction] = {one: one for one in get_args(AdapterAction)}
         if action not in actions:
@@ -39,7 +45,7 @@ def routes(state: ServerState) -> APIRouter:
                 f"there is no POST /v1/adapters/{name}/{action}", hint=f"known are {', '.join(actions)}",
                 code="unknown_route",
             )  # fmt: skip
-        model = await _adapter(state, name)
+        model = await _adapter(state, principal(request).actor, name)
         assert model.digest is not None
         await state.engine.manage(actions[action], model.digest)
         return json_reply(_describe(state, model, await _stats(state)))
@@ -47,10 +53,10 @@ def routes(state: ServerState) -> APIRouter:
     return router
 
 
-async def _adapter(state: ServerState, name: str) -> ServedModel:
+async def _adapter(state: ServerState, who: Actor, name: str) -> ServedModel:
     if name == state.models.base.name:
         raise InvalidRequestError(f"{name!r} is the base, which is always there", param="name")
-    return await state.models.get(name)
+    return await state.models.get(name, who)
 
 
 async def _stats(state: ServerState) -> dict[str, AdapterStats]:

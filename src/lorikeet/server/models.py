@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -13,6 +14,7 @@ from lorikeet.adapters.references import Credentials, parse
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import InvalidRequestError, LorikeetError, UnavailableError
 from lorikeet.model.tokenizer import Tokenizer
+from lorikeet.registry.records import Actor
 from lorikeet.server.catalogue import AdapterFolder, Catalogue, Refusal
 from lorikeet.server.fetcher import Fetcher
 from lorikeet.template import Template
@@ -81,7 +83,10 @@ class _Known:
 
 
 class Models:
-    """Resolves names. An adapter is validated and compiled on first use, and again when its files change."""
+    """Resolves names. An adapter is validated and compiled on first use, and again when its files change.
+
+    With a `registry` its names are the only ones, and whoever asks gets what is theirs.
+    """
 
     def __init__(self, base: ServedModel, catalogue: Catalogue, engine: EngineClient, fetcher: Fetcher) -> None:
         self.base = base
@@ -89,12 +94,25 @@ class Models:
         self._fetcher = fetcher
         self._engine = engine
         self._known: dict[str, _Known] = {}
+class Registry(Protocol):
+    """What names stand for on a server with a catalog, for whoever asks, at this moment."""
+
+    async def find(self, who: Actor, name: str) -> AdapterFolder:
+        """The exact name and the folder behind `name`. Raises `NotFoundError`, also for what is not for `who`."""
+
+    async def listing(self, who: Actor) -> list[AdapterFolder]:
+        """What `who` may use."""
+
+
         self._merges: dict[MergeSpec, AdapterInfo] = {}  # by specs that name adapters by content
         self._looking = asyncio.Lock()  # one look at the disk at a time
 
-    async def get(self, name: str | None, *, source: str | None = None, token: str | None = None) -> ServedModel:
-        """The model of this name, None is the base. Raises 404, 409 or 422 errors that say what is wrong.
+    async def get(
+        self, name: str | None, who: Actor, *, source: str | None = None, token: str | None = None
+    ) -> ServedModel:
+        """The model of this name for this caller, None is the base. Raises 404, 409 or 422 errors that say why.
 
+        self.registry: Registry | None = None
         A reference such as `hf://org/name`, or `org/name` of the source `hf`, is fetched; `token` is for its source.
         """
         if name is not None and (source is not None or "://" in name):
@@ -114,6 +132,9 @@ class Models:
         if signature is None:
             raise UnavailableError(f"{reference} was removed from the downloads", hint="try again", retry_after=1.0)
         model = await self._get_folder(AdapterFolder(str(folder), folder, signature), str(folder))
+        if self.registry is not None:
+            found = await self.registry.find(who, name)
+            return replace(await self._get_folder(found, str(found.folder)), name=found.name)
         return replace(model, name=name, source=reference.kind)
 
     async def _get_folder(self, found: AdapterFolder, name: str) -> ServedModel:
@@ -129,12 +150,14 @@ class Models:
         async with known.checking:
             return await self._resolve(found, known)
 
-    async def merged(self, spec: MergeSpec, *, source: str | None = None, token: str | None = None) -> ServedModel:
+    async def merged(
+        self, spec: MergeSpec, who: Actor, *, source: str | None = None, token: str | None = None
+    ) -> ServedModel:
         """What becomes of the adapters that `spec` names, each of which must be one that `get` gives.
 
         The template is theirs where all have the same. Raises as `get`, and for what cannot be merged.
         """
-        parts = [await self.get(name, source=source, token=token) for name in spec.adapters]
+        parts = [await self.get(name, who, source=source, token=token) for name in spec.adapters]
         for part in parts:
             if part.folder is None:
                 raise InvalidRequestError(
@@ -165,11 +188,14 @@ class Models:
         async with self._looking:
             return await asyncio.to_thread(self.catalogue.find, name)
 
-    async def listing(self) -> tuple[list[ServedModel], list[Refusal]]:
-        """Every adapter on disk now, compiled or not, and what is not served and why."""
-        async with self._looking:
-            found = await asyncio.to_thread(self.catalogue.entries)
-            refusals = await asyncio.to_thread(self.catalogue.refusals)
+    async def listing(self, who: Actor) -> tuple[list[ServedModel], list[Refusal]]:
+        """Every adapter there is now for this caller, compiled or not, and what is not served and why."""
+        if self.registry is not None:
+            found, refusals = await self.registry.listing(who), list[Refusal]()
+        else:
+            async with self._looking:
+                found = await asyncio.to_thread(self.catalogue.entries)
+                refusals = await asyncio.to_thread(self.catalogue.refusals)
         served = []
         for one in found:
             try:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from lorikeet.errors import InvalidRequestError, LorikeetError
 from lorikeet.model.tokenizer import Tokenizer
+from lorikeet.server.auth import Principal, needs, principal
 from lorikeet.server.generation import (
     Completion,
     Delta,
@@ -38,7 +39,7 @@ from lorikeet.server.validation import parse, read_body, stops
 from lorikeet.types import TokenLogprob
 
 Json = dict[str, Any]
-_ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def error_body(error: LorikeetError) -> Json:
@@ -60,43 +61,50 @@ def routes(state: ServerState) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models")
-    async def list_models() -> Response:
-        adapters, refusals = await state.models.listing()
+    @needs("user")
+    async def list_models(request: Request) -> Response:
+        adapters, refusals = await state.models.listing(principal(request).actor)
         models = [_model_object(state, state.models.base), *(_model_object(state, one) for one in adapters)]
         refused = [{"id": one.name, "reason": one.reason} for one in refusals]
         return json_reply({"object": "list", "data": models, "refused": refused})
 
     @router.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> Response:
-        return json_reply(_model_object(state, await state.models.get(name)))
+    @needs("user")
+    async def get_model(request: Request, name: str) -> Response:
+        return json_reply(_model_object(state, await state.models.get(name, principal(request).actor)))
 
     @router.post("/v1/completions")
+    @needs("user")
     async def completions(request: Request) -> Response:
         body = parse(CompletionBody, await read_body(request, state.config.max_body))
         body.check()
-        return await _answer(request, state, await _completion_call(state, body))
+        return await _answer(request, state, await _completion_call(state, principal(request), body))
 
     @router.post("/v1/chat/completions")
+    @needs("user")
     async def chat_completions(request: Request) -> Response:
         body = parse(ChatBody, await read_body(request, state.config.max_body))
         body.check()
-        return await _answer(request, state, await _chat_call(state, body))
+        return await _answer(request, state, await _chat_call(state, principal(request), body))
 
     @router.get("/tokenizer_info")
+    @needs("user")
     async def tokenizer_info() -> Response:
         tokenizer = state.models.base.tokenizer
         named = {name: tokenizer.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}
         return json_reply({**named, "chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size})
 
     @router.post("/tokenize")
+    @needs("user")
     async def tokenize(request: Request) -> Response:
         body = parse(TokenizeBody, await read_body(request, state.config.max_body))
-        model = await state.models.get(body.model)
+        model = await state.models.get(body.model, principal(request).actor)
         special = True if body.add_special_tokens is None else body.add_special_tokens
         tokens = await model.encode(body.prompt, add_special_tokens=special)
         return json_reply({"tokens": tokens, "count": len(tokens), "max_model_len": state.info.max_context})
 
     @router.post("/detokenize")
+    @needs("user")
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeBody, await read_body(request, state.config.max_body))
         model = await state.models.get(body.model)
@@ -219,8 +227,8 @@ def _check_ids(tokens: list[int], vocab_size: int, param: str) -> None:
 # --- completions --------------------------------------------------------------------------------------------------
 
 
-async def _completion_call(state: ServerState, body: CompletionBody) -> CompletionCall:
-    model = await state.models.get(body.model, token=body.api_token)
+async def _completion_call(state: ServerState, caller: Principal, body: CompletionBody) -> CompletionCall:
+    model = await state.models.get(body.model, caller.actor, token=body.api_token)
     texts, prompts = await _prompts(model, body.prompt)
     info = state.info
     for tokens in prompts:
@@ -237,7 +245,7 @@ async def _completion_call(state: ServerState, body: CompletionBody) -> Completi
     sampling = body.sampling(model, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
     call = CompletionCall(state, model, body, prompts, texts)
     call.jobs = make_jobs(
-        call.id, model, prompts, sampling, stops(body.stop), body.count, body.priority or 0, body.deadline
+        call.id, caller, model, prompts, sampling, stops(body.stop), body.count, body.priority or 0, body.deadline
     )
     return call
 
@@ -362,8 +370,8 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 # --- chat ---------------------------------------------------------------------------------------------------------
 
 
-async def _chat_call(state: ServerState, body: ChatBody) -> ChatCall:
-    model = await state.models.get(body.model, token=body.api_token)
+async def _chat_call(state: ServerState, caller: Principal, body: ChatBody) -> ChatCall:
+    model = await state.models.get(body.model, caller.actor, token=body.api_token)
     text = model.chat_prompt([message.plain() for message in body.messages or []])
     tokens = await model.encode(text, add_special_tokens=False)
     info = state.info
@@ -374,7 +382,7 @@ async def _chat_call(state: ServerState, body: ChatBody) -> ChatCall:
     call = ChatCall(state, model, body, [tokens])
     sampling = body.sampling(model, max_tokens=limit, logprobs=logprobs)
     call.jobs = make_jobs(
-        call.id, model, [tokens], sampling, stops(body.stop), body.count, body.priority or 0, body.deadline
+        call.id, caller, model, [tokens], sampling, stops(body.stop), body.count, body.priority or 0, body.deadline
     )
     return call
 

@@ -18,6 +18,7 @@ from lorikeet.config import ServeConfig
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import ConfigError
 from lorikeet.model.sources import cache_folder, find_model
+from lorikeet.registry.records import Actor
 from lorikeet.server.app import create_app
 from lorikeet.server.catalogue import Catalogue, Refusal
 from lorikeet.server.fetcher import Fetcher
@@ -125,6 +126,7 @@ async def serve(
         await state.engine.stop()
         server.should_exit = True
         await serving
+        await state.access.close()
         listener.close()
 
 
@@ -167,7 +169,7 @@ def _handle_signals(stop: asyncio.Event, at_once: asyncio.Event) -> None:
 
 async def show_start(state: ServerState, port: int) -> None:
     """A table of what is served, and a line to try it with."""
-    adapters, refusals = await state.models.listing()
+    adapters, refusals = await state.models.listing(Actor())
     console = Console(stderr=True)
     console.print(_engine_table(state))
     if adapters or refusals:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lorikeet.config import ServeConfig
 from lorikeet.engine.link import EngineClient, EngineInfo
 from lorikeet.errors import UnavailableError
+from lorikeet.server.auth import Access
 from lorikeet.server.metrics import Metrics
 from lorikeet.server.models import Models
 from lorikeet.server.platform import Platform
@@ -21,6 +22,7 @@ class ServerState:
     platform: Platform | None = None  # of `lorikeet up`
     metrics: Metrics = field(default_factory=Metrics)
     started: float = field(default_factory=time.time)
+    access: Access = field(init=False)  # made with the application
 
     @property
     def info(self) -> EngineInfo:
