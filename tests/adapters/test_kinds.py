@@ -15,6 +15,7 @@ from tests.fixtures import make_adapter, make_batch, make_slab, next_logprobs, o
 from lorikeet.adapters.compiled import compile_adapter
 from lorikeet.adapters.configs import CONFIG
 from lorikeet.adapters.files import WEIGHTS
+from lorikeet.engine.engine import _where
 from lorikeet.errors import AdapterError
 from lorikeet.kernels.batch import Segments
 from lorikeet.kernels.reference import ReferenceOps
@@ -217,6 +218,41 @@ def test_an_input_vector_elsewhere_than_on_down_is_refused(
     get_peft_model(oracle(base), config).save_pretrained(str(tmp_path / "ia3"))
     with pytest.raises(AdapterError, match="feedforward_modules names model.layers.0.self_attn.q_proj"):
         compile_adapter(tmp_path / "ia3", load(base, torch.float32)[0], identify(base), "float32", cache)
+
+
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("qwen2", {"use_rslora": True, "r": 3})])
+def test_activated_lora_is_pefts(
+    family: str, options: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    """peft's own forward pass with its own offsets: rows of one batch with invocations at different places."""
+    from peft import LoraConfig, get_peft_model
+
+    base, invocation = checkpoint(family), [7, 8, 9]
+    settings = {**LORA, "target_modules": ALL, "alora_invocation_tokens": invocation, **options}
+    adapted = get_peft_model(oracle(base), LoraConfig(**settings))
+    adapted.save_pretrained(str(tmp_path / "alora"))
+    spec, weights = load(base, torch.float32)
+    info = compile_adapter(tmp_path / "alora", spec, identify(base), "float32", cache)
+    assert (info.kind, info.invocation) == ("alora", tuple(invocation))
+    rows = sample_tokens(6, 24, 5)
+    rows[rows == invocation[0]] = 10  # no invocation by chance
+    places = [(0,), (5,), (3, 17), (21,), (20, 2), (11, 12)]  # the last one of each row counts; 21 is the very end
+    for row, starts in zip(rows, places, strict=True):
+        for start in starts:
+            row[start : start + 3] = torch.tensor(invocation)
+    rows[5, 11:15] = torch.tensor([7, 7, 8, 9])  # one that breaks off where the next begins
+    acting = [_where(row.tolist(), info)[0] for row in rows]
+    assert [begin for begin, _ in acting] == [0, 5, 17, 21, 20, 12]
+    batch = make_batch(list(rows), [0] * 6)
+    active = torch.cat([24 * i + torch.arange(begin, 24) for i, (begin, _) in enumerate(acting)])
+    batch.token_segments = Segments(active, [0, len(active)], [0], False)
+    with torch.no_grad():
+        ours = forward(spec, weights, batch, ReferenceOps(), make_slab([Path(info.path)], spec)).log_softmax(-1)
+        theirs = oracle(base, tmp_path / "alora")(input_ids=rows).logits.log_softmax(-1)
+        plain = oracle(base)(rows).logits.log_softmax(-1)
+    assert (theirs - plain).abs().amax(-1).bool().sum() == len(active)  # and the base's before them
+    assert (theirs - plain)[0].abs().mean() > 0.1
+    torch.testing.assert_close(ours, theirs.flatten(0, 1), atol=1e-4, rtol=0)
 
 
 def write_loreft(
