@@ -307,6 +307,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 8000
     drain_seconds: float = 30.0
     api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()  # pages from elsewhere that may use the server, such as https://app.example.com
+    allowed_hosts: tuple[str, ...] = ()  # names by which a server that needs no key may be reached, beside its own
     max_body: int = 16 * 2**20
     served_name: str | None = None  # the base's name in `model`; default: its own
     platform: PlatformConfig | None = None
@@ -351,5 +353,3 @@ def parse_size(text: str | int, param: str = "size") -> int:
     if not math.isfinite(size) or size < 1:
         raise ConfigError(f"{param}: found {text!r}; expected a size above zero", param=param)
     return int(size)
-    cors_origins: tuple[str, ...] = ()  # pages from elsewhere that may use the server, such as https://app.example.com
-    allowed_hosts: tuple[str, ...] = ()  # names by which a server that needs no key may be reached, beside its own

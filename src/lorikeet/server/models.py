@@ -82,18 +82,6 @@ class _Known:
     checking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-class Models:
-    """Resolves names. An adapter is validated and compiled on first use, and again when its files change.
-
-    With a `registry` its names are the only ones, and whoever asks gets what is theirs.
-    """
-
-    def __init__(self, base: ServedModel, catalogue: Catalogue, engine: EngineClient, fetcher: Fetcher) -> None:
-        self.base = base
-        self.catalogue = catalogue
-        self._fetcher = fetcher
-        self._engine = engine
-        self._known: dict[str, _Known] = {}
 class Registry(Protocol):
     """What names stand for on a server with a catalog, for whoever asks, at this moment."""
 
@@ -104,6 +92,19 @@ class Registry(Protocol):
         """What `who` may use."""
 
 
+class Models:
+    """Resolves names. An adapter is validated and compiled on first use, and again when its files change.
+
+    With a `registry` its names are the only ones, and whoever asks gets what is theirs.
+    """
+
+    def __init__(self, base: ServedModel, catalogue: Catalogue, engine: EngineClient, fetcher: Fetcher) -> None:
+        self.base = base
+        self.catalogue = catalogue
+        self.registry: Registry | None = None
+        self._fetcher = fetcher
+        self._engine = engine
+        self._known: dict[str, _Known] = {}
         self._merges: dict[MergeSpec, AdapterInfo] = {}  # by specs that name adapters by content
         self._looking = asyncio.Lock()  # one look at the disk at a time
 
@@ -112,7 +113,6 @@ class Registry(Protocol):
     ) -> ServedModel:
         """The model of this name for this caller, None is the base. Raises 404, 409 or 422 errors that say why.
 
-        self.registry: Registry | None = None
         A reference such as `hf://org/name`, or `org/name` of the source `hf`, is fetched; `token` is for its source.
         """
         if name is not None and (source is not None or "://" in name):
@@ -122,6 +122,9 @@ class Registry(Protocol):
                                       hint="leave it out", param="api_token")  # fmt: skip
         if name is None or name == self.base.name:
             return self.base
+        if self.registry is not None:
+            found = await self.registry.find(who, name)
+            return replace(await self._get_folder(found, str(found.folder)), name=found.name)
         return await self._get_folder(self.catalogue.peek(name) or await self._look(name), name)
 
     async def _get_remote(self, name: str, source: str | None, token: str | None) -> ServedModel:
@@ -132,9 +135,6 @@ class Registry(Protocol):
         if signature is None:
             raise UnavailableError(f"{reference} was removed from the downloads", hint="try again", retry_after=1.0)
         model = await self._get_folder(AdapterFolder(str(folder), folder, signature), str(folder))
-        if self.registry is not None:
-            found = await self.registry.find(who, name)
-            return replace(await self._get_folder(found, str(found.folder)), name=found.name)
         return replace(model, name=name, source=reference.kind)
 
     async def _get_folder(self, found: AdapterFolder, name: str) -> ServedModel:
