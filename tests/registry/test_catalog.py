@@ -268,8 +268,16 @@ def test_resolving(catalog: Catalog, who: Actor, other: Actor) -> None:
             number(missing)
     with pytest.raises(NotFoundError, match="there is no repository 'intent'"):
         catalog.versions.resolve(other, "intent/1")
+    catalog.repositories.create(who, "empty")
+    for place in (1, 3, None):
+        if place is not None:
+            catalog.aliases.move(who, "intent", "production", place)
+        else:
+            catalog.aliases.remove(who, "intent", "production")
+        assert catalog.versions.current(who) == [("intent", catalog.versions.resolve(who, "intent").manifest)]
+    assert catalog.versions.current(other) == []
     moves = catalog.aliases.history(who, "intent", "production")
-    assert [(one.previous, one.number) for one in moves] == [(3, None), (1, 3), (None, 1)]
+    assert [(one.previous, one.number) for one in moves] == [(3, None), (1, 3), (None, 1)] * 2
 
 
 def test_an_alias_moves_only_from_where_it_is_expected(catalog: Catalog, who: Actor) -> None:

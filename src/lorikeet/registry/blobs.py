@@ -200,18 +200,24 @@ class BlobStore:
 
     # --- folders ----------------------------------------------------------------------------------------------------
 
-    def materialise(self, manifest: str, report: Report | None = None) -> Path:
+    def materialise(self, manifest: str, report: Report | None = None, *, only: tuple[str, ...] | None = None) -> Path:
         """A folder with the files of a manifest, read-only, verified when it was made. Do not write to it.
 
-        Raises `NotFoundError`, `DamagedBlobError`, `SourceError`, `DiskFullError`.
+        With `only` those of these names, as far as there are such. Raises `NotFoundError`, `DamagedBlobError`,
+        `SourceError`, `DiskFullError`.
         """
-        folder = self._folders / _checked_hash(manifest)
+        part = "" if only is None else "-" + hashlib.sha256("/".join(only).encode()).hexdigest()[:16]
+        folder = self._folders / (_checked_hash(manifest) + part)
         if self._touch(folder):
             return folder
         try:
-            with _alone(self._folders / f".{manifest}.lock"):
+            with _alone(self._folders / f".{folder.name}.lock"):
                 if not self._touch(folder):
-                    self._make(folder, self.manifest(manifest), report)
+                    listed = self.manifest(manifest)
+                    if only is not None:
+                        chosen = tuple(one for one in listed.files if one.path in only)
+                        listed = msgspec.structs.replace(listed, files=chosen)
+                    self._make(folder, listed, report)
         except OSError as error:
             raise disk_error(error, self._folders) from error
         return folder
@@ -226,6 +232,7 @@ class BlobStore:
 
     def _make(self, folder: Path, manifest: Manifest, report: Report | None) -> None:
         fresh = self._folders / f".{folder.name}.{secrets.token_hex(4)}"
+        fresh.mkdir()
         done = 0
         try:
             for one in manifest.files:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -42,6 +43,8 @@ class Database:
         self.clock = clock
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self._writing = threading.Lock()
+        self._watching = threading.Lock()
+        self._watch: sqlite3.Connection | None = None
 
     @property
     def url(self) -> str:
@@ -49,7 +52,25 @@ class Database:
         return self.engine.url.render_as_string(hide_password=True)
 
     def close(self) -> None:
+        with self._watching:
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
         self.engine.dispose()
+
+    def generation(self) -> int | None:
+        """A number that is another one after every commit of whomever; None where only asking tells.
+
+        SQLite counts the commits of all other connections for each one, so this one never writes.
+        """
+        if not self.is_sqlite:
+            return None
+        with self._watching:
+            if self._watch is None:
+                path = self.engine.url.database
+                self._watch = sqlite3.connect(str(path), timeout=BUSY_SECONDS, check_same_thread=False)
+            version: int = self._watch.execute("PRAGMA data_version").fetchone()[0]
+            return version
 
     def read(self, work: Callable[[Session], Result]) -> Result:
         """`work` on one snapshot. Raises `UnavailableError` where the database does not answer."""

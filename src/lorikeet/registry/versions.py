@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sqlalchemy import ColumnElement, and_, delete, select, true, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, true, update
 from sqlalchemy.orm import Session, aliased
 
 from lorikeet.errors import ConflictError, InvalidRequestError
@@ -208,6 +208,26 @@ class Versions(Part):
         `ConflictError` for a version without content.
         """
         return resolve(session, who, parse_reference(reference))
+
+    @query
+    def current(self, session: Session, who: Actor, *, limit: int = 1000) -> list[tuple[str, str]]:
+        """(name, manifest) of what the bare names of repositories stand for, by name; those of nothing are left out."""
+        granted = true() if who.repositories is None else RepositoryRow.id.in_(sorted(who.repositories))
+        homes = and_(RepositoryRow.tenant_id == who.tenant, RepositoryRow.deleted.is_(None), granted)
+        one = aliased(VersionRow)
+        ready = and_(one.repository_id == RepositoryRow.id, one.state == "ready", one.deleted.is_(None))
+        newest = select(func.max(one.number)).where(ready, one.archived.is_(None)).scalar_subquery()
+        promoted = (
+            select(AliasRow.version_id)
+            .where(AliasRow.repository_id == RepositoryRow.id, AliasRow.name == PRODUCTION)
+            .scalar_subquery()
+        )
+        other = and_(promoted.is_(None), VersionRow.number == newest)
+        joined = select(RepositoryRow.name, VersionRow.manifest).join(
+            VersionRow, and_(VersionRow.repository_id == RepositoryRow.id, or_(VersionRow.id == promoted, other))
+        )
+        rows = session.execute(joined.where(homes).order_by(RepositoryRow.name).limit(checked_limit(limit)))
+        return [(name, manifest) for name, manifest in rows if manifest is not None]
 
     # --- collecting -------------------------------------------------------------------------------------------------
 
