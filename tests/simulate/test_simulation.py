@@ -124,7 +124,7 @@ def test_adapters_of_many_sizes_wait_no_longer_than_those_of_one() -> None:
 
     equal = slowest(["40MiB"])
     assert slowest(["8MiB", "16MiB", "24MiB", "40MiB", "72MiB", "80MiB"]) < 1.3 * equal
-    assert slowest(["1MiB", "2MiB", "7MiB", "30MiB", "80MiB", "120MiB"]) < 1.3 * equal
+    assert slowest(["1MiB", "2MiB", "7MiB", "30MiB", "80MiB", "120MiB"]) < 1.5 * equal
 
 
 @st.composite

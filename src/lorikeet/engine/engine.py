@@ -27,7 +27,7 @@ from lorikeet.engine.request import (
     check_sampling,
     effective_sampling,
 )
-from lorikeet.engine.residency import Place, Residency
+from lorikeet.engine.residency import Residency
 from lorikeet.engine.runner import Runner
 from lorikeet.engine.scheduler import Scheduler
 from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes, choose_weights
@@ -135,12 +135,12 @@ class Engine:
         if not residency.knows(digest):
             raise NotFoundError(f"adapter: no adapter with digest {digest!r} is registered", param="adapter")
         if action == "unload":
-            residency.unload(digest)
+            self._scheduler.unload(digest)
         elif action == "unpin":
             residency.pin(digest, False)
         elif not residency.fits(digest):
             raise AdapterInUseError("the pinned adapters leave no room for it", hint="unpin or unload some of them")
-        elif residency.ensure(digest, keep=self._scheduler.waiting.wanted()) is Place.FULL:
+        elif not self._scheduler.bring_in(digest):
             raise AdapterInUseError("the adapters in use leave no room for it now", hint="try again later")
         elif action == "pin":
             residency.pin(digest)

@@ -204,7 +204,7 @@ class FairQueues:
 
     # --- room in the slab -------------------------------------------------------------------------------------
 
-    def wanted(self) -> Collection[str]:
+    def wanted(self) -> set[str]:
         """Adapters that must not be evicted because requests wait for them."""
         return {key.adapter for key in self._queues if key.adapter is not None} - self._giving_way
 

@@ -142,6 +142,13 @@ class Residency:
         """Whether the adapter would fit beside the pinned ones."""
         return sum(self.size(other) for other in self._pinned | {digest}) <= self.budget
 
+    def can_hold(self, digest: str, keep: Collection[str]) -> bool:
+        """Whether there is room for the adapter, or can be made, beside those that may not go now."""
+        if self._used + self.size(digest) <= self.budget or digest in self._extents:
+            return True
+        staying = sum(extent.size for extent in self._ordered if not self.evictable(extent.digest, keep))
+        return staying + self.size(digest) <= self.budget
+
     # --- use --------------------------------------------------------------------------------------------------
 
     def handle(self, digest: str) -> int:
@@ -171,6 +178,12 @@ class Residency:
     @property
     def loading(self) -> bool:
         return bool(self._loading)
+
+    @property
+    def copies_enough(self) -> bool:
+        """The next step copies all that a step may."""
+        to_copy = sum(self._known[extent.digest].info.nbytes - extent.copied for extent in self._loading.values())
+        return to_copy >= self._copy_bytes
 
     @property
     def used(self) -> int:

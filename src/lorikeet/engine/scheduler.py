@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorikeet.engine.blocks import BlockPool, block_key
-from lorikeet.engine.fairness import FairQueues
+from lorikeet.engine.fairness import FairQueues, Key
 from lorikeet.engine.request import EVERYWHERE, Sequence, Status, Stretch
 from lorikeet.engine.residency import Instruction, Place, Residency
 from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
@@ -21,6 +21,7 @@ LEAST_TOKENS = 12  # of prompts in a step, however many sequences decode
 LONGEST_WAIT = 64  # steps that the next in turn waits before running sequences of over-served others give way
 SHORT_WAIT = 4  # steps, before somebody with two places more gives way
 LOOK_EVERY = 4  # steps
+LOOK_AHEAD = 64  # queues whose adapters are brought in before their turn
 
 
 @dataclass(slots=True)
@@ -101,6 +102,8 @@ class Scheduler:
         self._by_slot: dict[int, Sequence] = {}
         self._free_slots = list(range(max_seqs))
         self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._ahead: set[str] = set()  # adapters that were brought in before the turn of those that wait for them
+        self._by_hand: list[str] = []  # adapters to bring in for no request
         self._events: list[Event] = []
         self._finish_times: deque[float] = deque(maxlen=64)
         self._now = 0.0
@@ -152,7 +155,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._by_id or self._events or self.residency.loading)
+        return bool(self._by_id or self._events or self.residency.loading or self._by_hand)
 
     def _retry_after(self, now: float) -> float:
         """Seconds until about a tenth of the queue is done, at the pace of the latest requests."""
@@ -255,42 +258,81 @@ class Scheduler:
         """Admit waiting requests, least served adapter first.
 
         A shortage of slots, blocks or tokens ends the round, so that nobody is overtaken for good; a missing adapter
-        holds up its own queue only.
+        holds up its own queue only. For those that wait on their adapters are brought in meanwhile.
         """
-        stuck = False  # an adapter waits for room in the slab; nobody less deserving may ask before it
+        short = stuck = False  # stuck: an adapter waits for room in the slab; nobody less deserving may ask before it
+        ahead = LOOK_AHEAD
         for key in self.waiting.turns():
-            adapter = key.adapter
-            if not self._free_slots or plan.token_count >= plan.token_limit:
-                return
-            if adapter is not None:
-                place = self._place(adapter, stuck)
-                stuck |= place is Place.FULL
-                if place is not Place.RESIDENT:
-                    continue
-            sequence = self.waiting.head(key)
-            if not self._take_blocks(sequence):
-                return
-            count = self._chunk(sequence, plan)
-            if count <= 0:
-                self._give_blocks(sequence)
-                return
-            self._start(self.waiting.pop(key), plan)
-            self._run(sequence, count, plan)
+            short = short or not self._free_slots or plan.token_count >= plan.token_limit
+            if short:
+                ahead -= 1
+                if stuck or ahead < 0 or not self._look_ahead(key.adapter):
+                    break
+                continue
+            place = Place.RESIDENT if key.adapter is None else self._place(key.adapter, stuck)
+            stuck |= place is Place.FULL
+            if place is Place.RESIDENT:
+                short = not self._admit_one(key, plan)
+        if self._by_hand and not stuck:
+            wanted = self.waiting.wanted()
+            self._by_hand = [one for one in self._by_hand if self.residency.ensure(one, wanted) is Place.FULL]
+
+    def _admit_one(self, key: Key, plan: Plan) -> bool:
+        sequence = self.waiting.head(key)
+        if not self._take_blocks(sequence):
+            return False
+        count = self._chunk(sequence, plan)
+        if count <= 0:
+            self._give_blocks(sequence)
+            return False
+        self._start(self.waiting.pop(key), plan)
+        self._run(sequence, count, plan)
+        return True
+
+    # --- adapters that are waited for -----------------------------------------------------------------------------
+
+    def bring_in(self, adapter: str) -> bool:
+        """Have a known adapter brought in though no request waits for it; False where those that are in use or wanted
+        leave no room for it."""
+        wanted = self.waiting.wanted()
+        if not self.residency.can_hold(adapter, wanted):
+            return False
+        if self.residency.ensure(adapter, wanted) is Place.FULL and adapter not in self._by_hand:
+            self._by_hand.append(adapter)  # room is being made
+        return True
+
+    def unload(self, adapter: str) -> None:
+        """Take an adapter out of the slab. Raises AdapterInUseError."""
+        self.residency.unload(adapter)
+        self._by_hand = [one for one in self._by_hand if one != adapter]
 
     def _place(self, adapter: str, stuck: bool) -> Place:
         if self.waiting.held_back(adapter):
             return Place.LOADING
+        self._ahead.discard(adapter)
         place = self.residency.place(adapter)
         if place is Place.FULL and not stuck:
             if not self.residency.fits(adapter):
                 self._fail_adapter(adapter, AdapterError("adapter: the pinned ones leave no room for it").info())
                 return Place.LOADING
-            place = self.residency.ensure(adapter, keep=self.waiting.wanted())
+            wanted = self.waiting.wanted()
+            self._ahead &= wanted
+            place = self.residency.ensure(adapter, keep=wanted - self._ahead)
             if place is Place.FULL:
                 self.waiting.make_way(adapter, self.residency.size(adapter), self.residency.movable)
         if place is not Place.FULL:
             self.waiting.made_way(adapter)
         return place
+
+    def _look_ahead(self, adapter: str | None) -> bool:
+        """Bring in the adapter of one whose turn has not come, in room that nobody else needs. What came so gives way
+        to those whose turn it is. False where this step has no more to give."""
+        if adapter is None or self.waiting.held_back(adapter) or self.residency.place(adapter) is not Place.FULL:
+            return True
+        if self.residency.copies_enough or not self.residency.can_hold(adapter, wanted := self.waiting.wanted()):
+            return False
+        self._ahead.add(adapter)
+        return self.residency.ensure(adapter, wanted) is not Place.FULL
 
     def _chunk(self, sequence: Sequence, plan: Plan) -> int:
         """How many tokens of a sequence fit into what is left of the step; those that must be scored count as rows."""
@@ -440,6 +482,7 @@ class Scheduler:
                 self.residency.arrived(digest)
         for digest, error in outcome.failed_adapters.items():
             self.residency.failed(digest)
+            self._by_hand = [one for one in self._by_hand if one != digest]
             self._fail_adapter(digest, error)
         for item in plan.sequences:
             self._advance(self._by_slot[item.slot], item, outcome)
