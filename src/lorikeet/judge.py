@@ -57,7 +57,7 @@ def run_eval(
         if url is not None:
             generate = _through_server(url, api_key, concurrency, on_done)
         else:
-            generate = _through_engine(recipe, folder, on_done)
+            generate = through_engine(recipe, folder, on_done)
         results = judge(recipe, prepared, generate)
     summary = folder / "summary.json" if folder is not None else None
     if summary is not None and summary.exists():
@@ -119,7 +119,7 @@ def _body(job: Job, base: str) -> Mapping[str, Any]:
     return body
 
 
-def _through_engine(recipe: EvalRecipe, adapters: Path | None, on_done: Callable[[int], None]) -> Generate:
+def through_engine(recipe: EvalRecipe, adapters: Path | None, on_done: Callable[[int], None]) -> Generate:
     if recipe.base is None:
         raise ConfigError(
             "$.base: missing; the offline engine needs it", hint="name a base, or a server with --url", param="$.base"
@@ -135,11 +135,19 @@ def _through_engine(recipe: EvalRecipe, adapters: Path | None, on_done: Callable
             llm.render_chat(job.messages, adapter=job.adapter) if job.messages is not None else job.prompt or ""
             for job in jobs
         ]
+        tokenizers = {adapter: llm.tokenizer_of(adapter) for adapter in {job.adapter for job in jobs}}
+
+        def encoded(job: Job) -> tuple[tuple[int, ...], ...] | None:
+            if job.choices is None:
+                return None
+            tokenizer = tokenizers[job.adapter]
+            return tuple(tuple(tokenizer.encode(one, add_special_tokens=False)) for one in job.choices)
+
         sampling = [
             SamplingParams(
                 max_tokens=job.max_tokens,
                 temperature=0.0,
-                choices=None if job.choices is None else tuple(tuple(llm.encode_plain(c)) for c in job.choices),
+                choices=encoded(job),
             )
             for job in jobs
         ]

@@ -154,6 +154,10 @@ class AdapterCopy:
     count: int
 
 
+# An adapter's folder ships nothing of a tokenizer; other templates or stop ids for the base's; or one of its own.
+TokenizerKind = Literal["base", "settings", "own"]
+
+
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A compiled adapter as the loader process reports it."""
 
@@ -167,6 +171,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     # How many first and last tokens of a prompt it acts on, and how many at the end it leaves out; None: all.
     positions: tuple[int, int, int] | None = None
     vocab_size: int | None = None  # tokens that its own embedding and head have; None: as many as the base's
+    tokenizer: TokenizerKind = "base"  # of the folder it came from: not part of the content
 
 
 AdapterAction = Literal["load", "unload", "pin", "unpin"]

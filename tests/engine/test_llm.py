@@ -13,7 +13,7 @@ import torch
 from tests import fixtures
 
 import lorikeet
-from lorikeet.engine import llm as llm_module
+from lorikeet.engine.compiler import AdapterCompiler
 from lorikeet.errors import ConfigError, InvalidRequestError, NotFoundError
 from lorikeet.kernels.precision import native_bf16_products
 from lorikeet.types import SamplingParams
@@ -63,13 +63,13 @@ def test_an_adapter_is_read_again_only_when_its_files_changed(
     llm: Any, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    compile_adapter = llm_module.compile_adapter
+    compile_adapter = AdapterCompiler.compile
 
-    def compiled(folder: Path, *rest: Any) -> Any:
+    def compiled(self: AdapterCompiler, folder: Path) -> Any:
         read.append(folder)
-        return compile_adapter(folder, *rest)
+        return compile_adapter(self, folder)
 
-    monkeypatch.setattr(llm_module, "compile_adapter", compiled)
+    monkeypatch.setattr(AdapterCompiler, "compile", compiled)
     copy, other = tmp_path / "copy", folders[1] / "adapter-03"
     shutil.copytree(folders[1] / "adapter-02", copy)
     first = llm.generate(PROMPTS[:1], adapters=str(copy), sampling=GREEDY)[0]

@@ -30,9 +30,10 @@ class HostedEngine(Engine):
         return LoaderSettings(
             spec=self.spec,
             base=self.base,
-            dtype="float32" if _name(self.sizes.adapter_dtype) == "float32" else "bfloat16",
+            dtype=self.sizes.adapter_dtype_name,
             cache=str(cache_folder() / "compiled"),
             allow_lock_mismatch=self.config.allow_lock_mismatch,
+            model=str(find_model(self.config.model)),
             checkpoint=tuple(map(str, checkpoint_files(find_model(self.config.model)))),
             disk=self.config.adapter_disk,
         )

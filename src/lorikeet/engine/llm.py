@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
-from lorikeet.adapters.compiled import compile_adapter
 from lorikeet.adapters.configs import CONFIG
 from lorikeet.adapters.files import Signature, read_lock, signature_of
 from lorikeet.config import EngineConfig
-from lorikeet.engine.engine import Engine
+from lorikeet.engine.compiler import AdapterCompiler
+from lorikeet.engine.hosted import HostedEngine
 from lorikeet.errors import ConfigError, InvalidRequestError, LorikeetError, NotFoundError
-from lorikeet.model.sources import cache_folder, checkpoint_files, find_model
-from lorikeet.model.tokenizer import StopMatcher, StreamDecoder, Tokenizer
+from lorikeet.model.sources import find_model
+from lorikeet.model.tokenizer import StopMatcher, StreamDecoder, Tokenizer, Tokenizers
 from lorikeet.types import AdapterInfo, EngineStats, Event, FinishReason, Request, SamplingParams, TokenLogprob
 
 Prompt = str | Sequence[int]
@@ -61,19 +61,25 @@ class LLM:
         if config.chunk_tokens is None:  # nobody watches the tokens come: whole prompts at once are faster
             config = replace(config, chunk_tokens=config.step_tokens)
         self.config = config
-        self.engine = Engine.build(self.config)
+        self.engine = HostedEngine.build(self.config)
         self.tokenizer = Tokenizer(find_model(model))
+        self._tokenizers = Tokenizers(lambda: self.tokenizer)
+        self._compiler = AdapterCompiler(self.engine.loader_settings(), self._tokenizers)
         self._root = None if adapters is None else Path(adapters)
         if self._root is not None and not self._root.is_dir():
             raise ConfigError(f"adapters: {self._root} is not a folder", param="adapters")
         self._submitted = 0
-        self._known: dict[Path, tuple[Signature | None, AdapterInfo]] = {}  # by folder, as it was then
+        self._known: dict[Path, _Adapter] = {}  # by folder, as it was then
 
     # --- text and tokens --------------------------------------------------------------------------------------
 
-    def encode_plain(self, text: str) -> list[int]:
+    def tokenizer_of(self, adapter: str | None) -> Tokenizer:
+        """The tokenizer that an adapter ships, else the base's."""
+        return self.tokenizer if adapter is None else self._compiled(self._folder(adapter)).tokenizer
+
+    def encode_plain(self, text: str, adapter: str | None = None) -> list[int]:
         """Token ids of a text that continues another: nothing is put before it."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer_of(adapter).encode(text, add_special_tokens=False)
 
     def render_chat(self, messages: Messages, adapter: str | None = None) -> list[int]:
         """The prompt of a conversation, in the adapter's own chat template if it ships one, else in the model's."""
@@ -82,7 +88,7 @@ class LLM:
             lock = read_lock(self._folder(adapter))
             if lock is not None and lock.template is not None and lock.template.kind == "chat":
                 template = lock.template.text
-        return self.encode_plain(self.tokenizer.chat(messages, template))
+        return self.encode_plain(self.tokenizer_of(adapter).chat(messages, template), adapter)
 
     # --- generation -------------------------------------------------------------------------------------------
 
@@ -103,23 +109,11 @@ class LLM:
         request that cannot be run raises its LorikeetError, and ends the others.
         """
         count = len(prompts)
-        digests = self._register(_each("adapters", adapters, count, (str, type(None))))
+        used = self._register(_each("adapters", adapters, count, (str, type(None))))
         sampling_each = _each("sampling", SamplingParams() if sampling is None else sampling, count, (SamplingParams,))
         jobs = [
-            _Job(
-                Request(
-                    request_id=f"llm-{self._submitted + i}",
-                    tokens=self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt),
-                    adapter=digest,
-                    sampling=params,
-                ),
-                self.tokenizer,
-                strings,
-                frozenset(() if params.ignore_eos else self.engine.stop_ids.union(params.stop_token_ids)),
-            )
-            for i, (prompt, digest, params, strings) in enumerate(
-                zip(prompts, digests, sampling_each, _stops(stop, count), strict=True)
-            )
+            self._job(i, *parts)
+            for i, parts in enumerate(zip(prompts, used, sampling_each, _stops(stop, count), strict=True))
         ]
         self._submitted += count
         with _reporting(progress, count) as report:
@@ -128,6 +122,22 @@ class LLM:
                 if on_done is not None:
                     on_done(finished)
         return [job.completion for job in jobs]
+
+    def _job(
+        self, index: int, prompt: Prompt, adapter: _Adapter | None, params: SamplingParams, stops: Sequence[str]
+    ) -> _Job:
+        tokenizer = self.tokenizer if adapter is None else adapter.tokenizer
+        if tokenizer is not self.tokenizer:
+            own = set(tokenizer.stop_ids) - self.engine.stop_ids
+            params = replace(params, stop_token_ids=tuple(sorted(own.union(params.stop_token_ids))))
+        request = Request(
+            request_id=f"llm-{self._submitted + index}",
+            tokens=tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt),
+            adapter=None if adapter is None else adapter.info.digest,
+            sampling=params,
+        )
+        stop_ids = frozenset(() if params.ignore_eos else self.engine.stop_ids.union(params.stop_token_ids))
+        return _Job(request, tokenizer, stops, stop_ids)
 
     def chat(
         self,
@@ -199,29 +209,28 @@ class LLM:
             param="adapters",
         )
 
-    def _register(self, names: Sequence[str | None]) -> list[str | None]:
-        """Compile what is used for the first time, or was written anew since; the digest of each."""
-        digests: dict[str | None, str] = {}
-        for name in dict.fromkeys(names):
-            if name is not None:
-                digests[name] = self._compiled(self._folder(name)).digest
-        return [digests.get(name) for name in names]
+    def _register(self, names: Sequence[str | None]) -> list[_Adapter | None]:
+        """Compile what is used for the first time, or was written anew since."""
+        used = {name: self._compiled(self._folder(name)) for name in dict.fromkeys(names) if name is not None}
+        return [None if name is None else used[name] for name in names]
 
-    def _compiled(self, folder: Path) -> AdapterInfo:
+    def _compiled(self, folder: Path) -> _Adapter:
         signature, key = signature_of(folder), folder.resolve()
-        if key not in self._known or self._known[key][0] != signature:
-            info = compile_adapter(
-                folder,
-                self.engine.spec,
-                self.engine.base,
-                self.engine.sizes.adapter_dtype_name,
-                cache_folder() / "compiled",
-                self.config.allow_lock_mismatch,
-                checkpoint_files(find_model(self.config.model)),
-            )
+        if key not in self._known or self._known[key].signature != signature:
+            info = self._compiler.compile(folder)
+            tokenizer = self._tokenizers.of(folder, shares_vocabulary=info.tokenizer == "settings")
             self.engine.register(info)
-            self._known[key] = (signature, info)
-        return self._known[key][1]
+            self._known[key] = _Adapter(signature, info, tokenizer or self.tokenizer)
+        return self._known[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """What was found in a folder as it was at `signature`."""
+
+    signature: Signature | None
+    info: AdapterInfo
+    tokenizer: Tokenizer
 
 
 class _Job:

@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections import deque
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
 import zmq
 
-from lorikeet.adapters.compiled import compile_adapter, trim
+from lorikeet.adapters.compiled import trim
 from lorikeet.adapters.merged import compile_merged
+from lorikeet.engine.compiler import AdapterCompiler
 from lorikeet.engine.lifeline import child_command, die_with_parent
 from lorikeet.engine.wire import (
     Compile,
@@ -31,7 +33,8 @@ from lorikeet.engine.wire import (
     encode,
 )
 from lorikeet.errors import LorikeetError, UnavailableError
-from lorikeet.types import AdapterInfo, ErrorInfo
+from lorikeet.model.tokenizer import Tokenizer, Tokenizers
+from lorikeet.types import ErrorInfo
 
 log = logging.getLogger("lorikeet.loader")
 
@@ -175,24 +178,19 @@ def run_jobs(address: str) -> None:
         socket.send(encode(compile_one(message, settings)))
 
 
-def compile_one(job: Compile | Merge, settings: LoaderSettings) -> Resolved:
-    def compile_folder(folder: Path) -> AdapterInfo:
-        return compile_adapter(
-            folder,
-            settings.spec,
-            settings.base,
-            settings.dtype,
-            Path(settings.cache),
-            settings.allow_lock_mismatch,
-            [Path(path) for path in settings.checkpoint],
-        )
+@lru_cache(maxsize=1)
+def _tokenizers(model: str) -> Tokenizers:
+    return Tokenizers(lambda: Tokenizer(Path(model)))
 
+
+def compile_one(job: Compile | Merge, settings: LoaderSettings) -> Resolved:
+    compiler = AdapterCompiler(settings, _tokenizers(settings.model))
     try:
         if isinstance(job, Compile):
-            adapter = compile_folder(Path(job.folder))
+            adapter = compiler.compile(Path(job.folder))
         else:
             cache, lax = Path(settings.cache), settings.allow_lock_mismatch
-            adapter = compile_merged(job.spec, job.digests, settings.base, settings.dtype, cache, compile_folder, lax)
+            adapter = compile_merged(job.spec, job.digests, settings.base, settings.dtype, cache, compiler.compile, lax)
         if settings.disk is not None:
             trim(Path(settings.cache), settings.disk, keep=Path(adapter.path))
     except LorikeetError as error:

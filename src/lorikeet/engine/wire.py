@@ -143,6 +143,7 @@ class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["float32", "bfloat16"]
     cache: str
     allow_lock_mismatch: bool
+    model: str = ""  # the base's folder, for adapters with tokenizers of their own
     checkpoint: tuple[str, ...] = ()  # the base's safetensors files, for adapters that depend on its weights
     disk: int | None = None  # bytes that the compiled files may take together
 

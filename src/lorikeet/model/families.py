@@ -6,7 +6,7 @@ Every field is handled, known to be irrelevant to the forward pass, or refused b
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,21 @@ def load_spec(folder: Path, handled: Collection[str] = ()) -> ModelSpec:
     )
 
 
-def configured_stop_ids(folder: Path) -> tuple[int, ...]:
-    """End-of-sequence ids of config.json and generation_config.json, ascending."""
+def configured_stop_ids(
+    folder: Path, names: Sequence[str] = ("config.json", "generation_config.json")
+) -> tuple[int, ...]:
+    """End-of-sequence ids of these files, ascending."""
     ids: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
+    for name in names:
         if (folder / name).exists():
             value = read_json(folder / name).get("eos_token_id")
-            ids.update([value] if isinstance(value, int) else value or [])
+            listed = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(one) is int and one >= 0 for one in listed):
+                raise ModelError(
+                    f"{folder / name}: eos_token_id: expected a token id or a list of them, found {value!r}",
+                    param="eos_token_id",
+                )
+            ids.update(listed)
     return tuple(sorted(ids))
 
 

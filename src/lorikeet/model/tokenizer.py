@@ -4,46 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from lorikeet.errors import InvalidRequestError, ModelError
+from lorikeet.adapters.files import TOKENIZER_FILES
+from lorikeet.errors import AdapterError, InvalidRequestError, ModelError
 from lorikeet.model.chat import render
 from lorikeet.model.families import configured_stop_ids, read_json
 from lorikeet.model.streaming import StopMatcher, StreamDecoder, byte_level_bytes, fallback_byte
 
-__all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
+__all__ = ["StopMatcher", "StreamDecoder", "Tokenizer", "Tokenizers"]
 
+RECENT = 4  # tokenizers of adapters that are kept though nobody uses them
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """The tokenizer of a model folder.
+    """The tokenizer of a model folder, or of an adapter's.
 
     `stop_ids` are the end-of-sequence ids that config.json, generation_config.json and tokenizer_config.json name
     together. `special_tokens` are the named ones (`bos_token`, ...) that templates see. Decoding is exact: spaces
     before punctuation are never "cleaned up".
+
+    An adapter's folder may hold any of `TOKENIZER_FILES`; what none of them says is as `base` has it, whose stop ids
+    count too. `shares_vocabulary`: what maps text to ids is known to be the base's, and is not loaded again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, base: Tokenizer | None = None, shares_vocabulary: bool = False) -> None:
         self.folder = folder
         config_path = folder / "tokenizer_config.json"
-        self._config = read_json(config_path) if config_path.exists() else {}
-        self._backend = _load_backend(folder)
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._add_configured_tokens()
+        inherited = {} if base is None else base._config
+        self._config: dict[str, Any] = read_json(config_path) if config_path.exists() else inherited
+        self._backend = _own_backend(folder, base, shares_vocabulary)
+        if base is None or not shares_vocabulary:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._add_configured_tokens()
         self.special_tokens = self._named_tokens()
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
-        self._configure_sentencepiece()
+        if base is None or not shares_vocabulary:
+            self._configure_sentencepiece()
         own = () if self.eos_id is None else (self.eos_id,)
-        configured = configured_stop_ids(folder) if (folder / "config.json").exists() else ()
+        if base is not None:
+            configured = (*base.stop_ids, *configured_stop_ids(folder, ("generation_config.json",)))
+        else:
+            configured = configured_stop_ids(folder) if (folder / "config.json").exists() else ()
         self.stop_ids: tuple[int, ...] = tuple(sorted({*own, *configured}))
         self.vocab_size: int = self._backend.get_vocab_size()
         added = self._backend.get_added_tokens_decoder()
@@ -51,7 +66,7 @@ class Tokenizer:
         decoder = str(self._backend.decoder.__getstate__()) if self._backend.decoder else ""
         self.byte_level = '"ByteLevel"' in decoder
         self.byte_fallback = '"ByteFallback"' in decoder
-        self.templates = self._read_templates()
+        self.templates: dict[str, str] = self._read_templates() or ({} if base is None else base.templates)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written in the text are recognised, as every template needs."""
@@ -115,10 +130,22 @@ class Tokenizer:
         given = {"tools": list(tools) if tools else None, "add_generation_prompt": add_generation_prompt}
         return render(template, messages, {"documents": None, **self.special_tokens, **given, **variables})
 
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both make the same of texts, of conversations and of ends of sequences."""
+        if self is other:
+            return True
+        mine, others = ((one.stop_ids, one.special_tokens, one.templates) for one in (self, other))
+        return mine == others and (self._backend is other._backend or self.sha256 == other.sha256)
+
     @property
     def chat_template(self) -> str | None:
         """The model's own chat template."""
         return self.templates.get("default")
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id, -1 where there is none."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @cached_property
     def sha256(self) -> str:
@@ -185,6 +212,15 @@ def _token_content(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
+def _own_backend(folder: Path, base: Tokenizer | None, shares_vocabulary: bool) -> tokenizers.Tokenizer:
+    if base is None or ((folder / "tokenizer.json").exists() and not shares_vocabulary):
+        return _load_backend(folder)
+    if shares_vocabulary:
+        return base._backend
+    copy: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(base._backend.to_str())
+    return copy
+
+
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if path.exists():
@@ -208,3 +244,48 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
         raise ModelError(f"{folder}: the tokenizer {type(converted).__name__} has no fast form")
     backend: tokenizers.Tokenizer = converted.backend_tokenizer
     return backend
+
+
+class Tokenizers:
+    """The tokenizers that adapters ship, by content: folders with the same files have one, while anybody holds it.
+
+    The last few are held here. May be used by several threads.
+    """
+
+    def __init__(self, load_base: Callable[[], Tokenizer]) -> None:
+        self._load_base = load_base
+        self._known: WeakValueDictionary[bytes, Tokenizer] = WeakValueDictionary()
+        self._recent: deque[Tokenizer] = deque(maxlen=RECENT)
+        self._loading = threading.Lock()
+
+    @cached_property
+    def base(self) -> Tokenizer:
+        return self._load_base()
+
+    def of(self, folder: Path, shares_vocabulary: bool = False) -> Tokenizer | None:
+        """The tokenizer in an adapter's folder, None where it ships nothing of one. AdapterError where it is broken."""
+        digest = hashlib.sha256(bytes([shares_vocabulary]))
+        found = False
+        for name in TOKENIZER_FILES:
+            with suppress(FileNotFoundError):
+                content = (folder / name).read_bytes()
+                digest.update(f"{name} {len(content)} ".encode() + content)
+                found = True
+        if not found:
+            return None
+        with self._loading:
+            known = self._known.get(digest.digest())
+            if known is None:
+                try:
+                    known = self._known[digest.digest()] = Tokenizer(folder, self.base, shares_vocabulary)
+                except ModelError as error:
+                    raise AdapterError(error.message, hint=error.hint, param="tokenizer") from error
+                except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                    raise AdapterError(
+                        f"{folder.name}: its tokenizer cannot be read: {type(error).__name__}: {error}",
+                        hint="save it with transformers' save_pretrained, or remove its files",
+                        param="tokenizer",
+                    ) from error
+            if known not in self._recent:
+                self._recent.append(known)
+        return known

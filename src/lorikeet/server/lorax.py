@@ -248,7 +248,7 @@ async def _call(state: ServerState, caller: Principal, body: GenerateBody, *, st
         caller=caller,
         model=model,
         tokens=tokens,
-        sampling=_sampling(parameters, info.max_context - len(tokens)),
+        sampling=_sampling(parameters, info.max_context - len(tokens), model.stop_ids),
         stop=stops(parameters.stop),
     )
     return LoraxCall(state, model, prompt, parameters, job)
@@ -298,7 +298,7 @@ async def _prompt(model: ServedModel, inputs: str | dict[str, Any], chat: bool) 
     return text, tokens
 
 
-def _sampling(parameters: Parameters, room: int) -> SamplingParams:
+def _sampling(parameters: Parameters, room: int, stop_ids: tuple[int, ...]) -> SamplingParams:
     """Greedy unless sampling is asked for, by `do_sample` or by a parameter that only has a meaning with it."""
     asked = (parameters.top_k, parameters.top_p, parameters.temperature)
     samples = parameters.do_sample or any(value is not None for value in asked)
@@ -309,6 +309,7 @@ def _sampling(parameters: Parameters, room: int) -> SamplingParams:
         top_k=parameters.top_k or 0,
         top_p=1.0 if parameters.top_p is None else parameters.top_p,
         seed=draw_seed() if parameters.seed is None else parameters.seed,
+        stop_token_ids=stop_ids,
         ignore_eos=bool(parameters.ignore_eos_token),
         logprobs=parameters.return_k_alternatives or 0,
         prompt_logprobs=0 if parameters.decoder_input_details else None,

@@ -13,7 +13,7 @@ from lorikeet.adapters.files import Lock, LockedTemplate, Signature, read_lock, 
 from lorikeet.adapters.references import Credentials, parse
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import InvalidRequestError, LorikeetError, UnavailableError
-from lorikeet.model.tokenizer import Tokenizer
+from lorikeet.model.tokenizer import Tokenizer, Tokenizers
 from lorikeet.registry.records import Actor
 from lorikeet.server.catalogue import AdapterFolder, Catalogue, Refusal
 from lorikeet.server.fetcher import Fetcher
@@ -26,10 +26,14 @@ MERGES = 1024  # merged adapters that are remembered by what they are made of
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The base (`adapter` is None) or an adapter that the engine knows under `adapter.digest`."""
+    """The base (`adapter` is None) or an adapter that the engine knows under `adapter.digest`.
+
+    `stop_ids` end its answers beside the base's own: those that the adapter's tokenizer adds.
+    """
 
     name: str
     tokenizer: Tokenizer
+    stop_ids: tuple[int, ...] = ()
     adapter: AdapterInfo | None = None
     lock: Lock | None = None
     prompt_template: Template | None = None
@@ -40,6 +44,10 @@ class ServedModel:
     def digest(self) -> str | None:
         return None if self.adapter is None else self.adapter.digest
 
+    def vocab_size(self, base: int) -> int:
+        """How many token ids it knows; `base` is the base's number."""
+        return (self.adapter and self.adapter.vocab_size) or base
+
     @property
     def label(self) -> str:
         """Its name in metrics. All merges have one, as has what comes from one kind of source: clients invent them."""
@@ -49,7 +57,7 @@ class ServedModel:
 
     @property
     def chat_template(self) -> str | None:
-        """The adapter's own chat template; None is the base's."""
+        """The chat template in the adapter's lock; None: that of its tokenizer."""
         template = self.lock.template if self.lock is not None else None
         return template.text if template is not None and template.kind == "chat" else None
 
@@ -106,6 +114,7 @@ class Models:
         self._engine = engine
         self._known: dict[str, _Known] = {}
         self._merges: dict[MergeSpec, AdapterInfo] = {}  # by specs that name adapters by content
+        self._tokenizers = Tokenizers(lambda: base.tokenizer)
         self._looking = asyncio.Lock()  # one look at the disk at a time
 
     async def get(
@@ -173,6 +182,13 @@ class Models:
         while len(self._merges) > MERGES:
             del self._merges[next(iter(self._merges))]
         first = parts[0]
+        other = next((part for part in parts if not part.tokenizer.same_as(first.tokenizer)), None)
+        if other is not None:
+            raise InvalidRequestError(
+                f"{first.name!r} and {other.name!r} have different tokenizers, stop ids or chat templates",
+                hint="merge adapters whose folders hold the same tokenizer",
+                param="merged_adapters.ids",
+            )
         if any(_template_of(part) != _template_of(first) for part in parts):
             lock = None if first.lock is None else msgspec.structs.replace(first.lock, template=None)
             first = replace(first, lock=lock, prompt_template=None)
@@ -209,13 +225,22 @@ class Models:
             return known.model
         try:
             adapter = await self._engine.resolve(found.folder)
-            known.model = replace(self.describe(found), adapter=adapter)
+            tokenizer = await self._tokenizer(found.folder, adapter)
+            stop_ids = tuple(sorted(set(tokenizer.stop_ids) - set(self.base.tokenizer.stop_ids)))
+            known.model = replace(self.describe(found), adapter=adapter, tokenizer=tokenizer, stop_ids=stop_ids)
         except LorikeetError as error:
             replaced = await asyncio.to_thread(signature_of, found.folder) != found.signature
             if not error.retryable and error.status < 500 and not replaced:
                 known.error = error  # of these files; what was found while they were replaced says nothing of them
             raise
         return known.model
+
+    async def _tokenizer(self, folder: Path, adapter: AdapterInfo) -> Tokenizer:
+        """The one in the adapter's folder, the base's where that has none. In a thread: a large one takes a second."""
+        if adapter.tokenizer == "base":
+            return self.base.tokenizer
+        shared = adapter.tokenizer == "settings"
+        return await asyncio.to_thread(self._tokenizers.of, folder, shared) or self.base.tokenizer
 
     def describe(self, found: AdapterFolder) -> ServedModel:
         """The adapter's lock and template, without compiling it."""

@@ -107,8 +107,8 @@ def routes(state: ServerState) -> APIRouter:
     @needs("user")
     async def detokenize(request: Request) -> Response:
         body = parse(DetokenizeBody, await read_body(request, state.config.max_body))
-        model = await state.models.get(body.model)
-        _check_ids(body.tokens, state.info.vocab_size, "tokens")
+        model = await state.models.get(body.model, principal(request).actor)
+        _check_ids(body.tokens, model.vocab_size(state.info.vocab_size), "tokens")
         return json_reply({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     return router
@@ -220,7 +220,7 @@ def _check_ids(tokens: list[int], vocab_size: int, param: str) -> None:
     wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
     if wrong is not None:
         raise InvalidRequestError(
-            f"'{param}' holds the token id {wrong}; this base has ids 0 to {vocab_size - 1}", param=param
+            f"'{param}' holds the token id {wrong}; this model has ids 0 to {vocab_size - 1}", param=param
         )
 
 
@@ -234,7 +234,7 @@ async def _completion_call(state: ServerState, caller: Principal, body: Completi
     for tokens in prompts:
         if not tokens:
             raise InvalidRequestError("the prompt is empty: no token at all", param="prompt")
-        _check_ids(tokens, info.vocab_size, "prompt")
+        _check_ids(tokens, model.vocab_size(info.vocab_size), "prompt")
         check_length(tokens, body.max_tokens, info.max_context, "prompt", "max_tokens")
     longest = max(map(len, prompts))
     max_tokens = body.max_tokens

@@ -104,6 +104,7 @@ class GenerationBody(Body):
             top_p=1.0 if self.top_p is None else self.top_p,
             min_p=self.min_p or 0.0,
             seed=draw_seed() if self.seed is None else self.seed % 2**63,
+            stop_token_ids=model.stop_ids,
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
