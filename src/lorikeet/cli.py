@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorikeet import __version__, cli_up
+from lorikeet import __version__, cli_keys, cli_up
 from lorikeet.cli_flags import one_of
+from lorikeet.cli_progress import adapter_folder, progress
+from lorikeet.cli_registry import add_commands
 from lorikeet.errors import ConfigError, LorikeetError
 
 app = typer.Typer(
@@ -105,6 +105,12 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="LORIKEET_API_KEY", help="Key that every request must carry.")
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A site whose pages may use the server, such as https://app.example.com.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which a server on loopback without a key may be reached.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
 ) -> None:
     """Serve one base and all its adapters over HTTP (OpenAI and LoRAX protocols)."""
@@ -151,11 +157,14 @@ def serve(
             port=port,
             drain_seconds=drain_seconds,
             api_key=api_key,
+            cors_origins=tuple(cors_origin or ()),
+            allowed_hosts=tuple(allowed_host or ()),
         )
     )
 
 
 app.command(epilog=cli_up.EPILOG)(cli_up.up)
+app.add_typer(cli_keys.keys_app, name="keys")
 
 
 @app.command(
@@ -232,7 +241,7 @@ def pretrain(
 
 
 adapters_app = typer.Typer(
-    help="Merge adapters into one, fuse one into its base, or import what is no adapter yet.",
+    help="Keep adapters in versions, merge them into one, fuse one into its base.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -290,8 +299,8 @@ def merge_adapters(
         seed=seed,
         svd_rank=svd_rank,
     )
-    folders = [_adapter_folder(place) for place in adapters]
-    with _progress("merging") as report:
+    folders = [adapter_folder(place) for place in adapters]
+    with progress("merging") as report:
         merged = merge_folders(spec, folders, output, force=force, report=report)
     ranks = [len(a) for a, _ in merged.pairs.values()]
     typer.echo(f"{output}: {len(ranks)} modules, rank {min(ranks)} to {max(ranks)}")
@@ -330,11 +339,11 @@ def fuse_adapter(
         spec=load_spec(folder, handled=("quantization_config",)),
         identity=lambda: identify(folder),
     )
-    adapter_folder = _adapter_folder(adapter)
-    with _progress("fusing") as report:
+    peft_folder = adapter_folder(adapter)
+    with progress("fusing") as report:
         lock = fuse(
             model,
-            adapter_folder,
+            peft_folder,
             output,
             dtype=None if wanted == "auto" else wanted,
             force=force,
@@ -376,30 +385,7 @@ def import_pyreft_adapter(
     typer.echo(f"{output}: layers {', '.join(map(str, ranks))}, rank {next(iter(ranks.values()))}")
 
 
-def _adapter_folder(place: str) -> Path:
-    """A folder of this machine, or what is fetched from elsewhere into the cache, with the server's own credentials."""
-    if "://" not in place:
-        return Path(place)
-    from lorikeet.adapters.sources import fetch
-    from lorikeet.config import SourceConfig
-    from lorikeet.model.sources import cache_folder
-
-    with _progress(place) as report:
-        config = SourceConfig(total_seconds=3600.0)
-        folder = fetch(place, cache_folder() / "downloads", config=config, report=report)
-    typer.echo(f"{place}: {folder}", err=True)
-    return folder
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal; call what it yields with (done, in all)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+add_commands(app, adapters_app)
 
 
 @app.command(

@@ -181,6 +181,7 @@ class VersionBrief(Record, frozen=True, kw_only=True):
     bytes: int | None
     job_id: str | None
     created: float
+    created_by: str
     archived: float | None
 
 
