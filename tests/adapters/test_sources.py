@@ -271,9 +271,18 @@ def test_a_token_reads_what_is_private_and_nobody_else_does(
     assert missing.value.status == 404 and TOKEN not in caplog.text
 
 
-def test_pickles_are_refused_by_name(tls: FileServer, store: Path) -> None:
-    url = put(tls, "/one", {CONFIG: b"{}", "adapter_model.bin": b"pickle"})
-    with pytest.raises(AdapterError, match=r"adapter_model.bin: pickled weights are not loaded"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.bin", r"adapter_model\.bin: pickled weights are not loaded"),
+        (f"{WEIGHTS}.index.json", r"index\.json: weights in several files are not loaded"),
+    ],
+)
+def test_weights_that_were_saved_otherwise_are_refused_by_name(
+    name: str, message: str, tls: FileServer, store: Path
+) -> None:
+    url = put(tls, "/one", {CONFIG: b"{}", name: b"something"})
+    with pytest.raises(AdapterError, match=message):
         fetch(url, store, None, FAST)
     assert tls.sent.total() == 0
 

@@ -51,7 +51,11 @@ log = logging.getLogger("lorikeet.sources")
 FILES = {CONFIG: True, WEIGHTS: True, LOCK: False, **dict.fromkeys(TOKENIZER_FILES, False)}  # name -> must be there
 WINDOW = 8 * 2**20  # bytes of one request to an object store
 _MAX_LISTING = 8 * 2**20  # bytes of what the hub says of a repository
-_PICKLED = "adapter_model.bin"
+# What stands in place of the weights where they were saved otherwise: why it is not loaded, and what to do.
+_OTHERWISE = {
+    "adapter_model.bin": ("pickled weights are not loaded, they can run code", "with safe_serialization=True"),
+    f"{WEIGHTS}.index.json": ("weights in several files are not loaded", "with a larger max_shard_size, as one file"),
+}
 _FILE_SYSTEMS = {  # module, class, extra of ours that brings it
     "s3": ("s3fs", "S3FileSystem", "s3"),
     "gs": ("gcsfs.core", "GCSFileSystem", "gcs"),  # gcsfs's own choice asks every bucket over gRPC what it is
@@ -133,7 +137,7 @@ def _pinned(manifest: Manifest, reference: Reference) -> Manifest:
 
 
 def _gathered(title: str, find: Callable[[str], RemoteFile | None]) -> Manifest:
-    """The manifest of what `find` finds by name. Raises `NotFoundError`, or `AdapterError` for pickled weights."""
+    """The manifest of what `find` finds by name. `NotFoundError`, or `AdapterError` for pickled or parted weights."""
     files: list[RemoteFile] = []
     for name, needed in FILES.items():
         if name in TOKENIZER_FILES[1:] and files[-1].name not in TOKENIZER_FILES:
@@ -142,12 +146,9 @@ def _gathered(title: str, find: Callable[[str], RemoteFile | None]) -> Manifest:
         if found is not None:
             files.append(found)
         elif needed:
-            if name == WEIGHTS and find(_PICKLED) is not None:
-                raise AdapterError(
-                    f"{title}: {_PICKLED}: pickled weights are not loaded, they can run code",
-                    hint="save the adapter with safe_serialization=True",
-                    param="model",
-                )
+            for other, (reason, how) in _OTHERWISE.items() if name == WEIGHTS else ():
+                if find(other) is not None:
+                    raise AdapterError(f"{title}: {other}: {reason}", hint=f"save the adapter {how}", param="model")
             raise not_there(title, name)
     return Manifest(title, tuple(files))
 
