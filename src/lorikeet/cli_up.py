@@ -53,6 +53,15 @@ def up(
     ] = None,
     join: Annotated[int, typer.Option(help="Queued trainings that may run as one joint run; 1: none.", min=1)] = 8,
     max_upload: Annotated[str, typer.Option(help="Largest upload.")] = "2GiB",
+    tenant_queue: Annotated[
+        int | None, typer.Option(help="Requests of one tenant that may wait; default: as many as --queue.", min=1)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A site whose pages may use the server, such as https://app.example.com.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which a server on loopback without a key may be reached.")
+    ] = None,
 ) -> None:
     """Serve one base, and keep, train, judge and promote its adapters: catalog, jobs, keys and the page."""
     from lorikeet.config import EngineConfig, PlatformConfig, ServeConfig, parse_size
@@ -71,6 +80,7 @@ def up(
         max_seqs=max_seqs,
         max_context=max_context,
         queue=queue,
+        tenant_queue=tenant_queue,
         threads=threads,
     )
     platform = PlatformConfig(
@@ -91,6 +101,8 @@ def up(
             host=host,
             port=port,
             drain_seconds=drain_seconds,
+            cors_origins=tuple(cors_origin or ()),
+            allowed_hosts=tuple(allowed_host or ()),
             platform=platform,
         )
     )

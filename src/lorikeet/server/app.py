@@ -12,7 +12,7 @@ from starlette.websockets import WebSocketState
 
 from lorikeet import __version__
 from lorikeet.errors import LorikeetError
-from lorikeet.server import lorax, manage, openai
+from lorikeet.server import keys, lorax, manage, openai
 from lorikeet.server.auth import Access, needs, public
 from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
 from lorikeet.server.state import ServerState
@@ -25,7 +25,8 @@ def create_app(state: ServerState) -> FastAPI:
 
     `state.access` is made here, and is to be closed by who serves the application.
     """
-    state.access = access = Access(state.config)
+    platform = state.platform
+    state.access = access = Access(state.config, None if platform is None else platform.catalog)
     app = FastAPI(
         title="Lorikeet", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
         dependencies=[Depends(access.authorise)],
@@ -38,6 +39,8 @@ def create_app(state: ServerState) -> FastAPI:
     app.include_router(openai.routes(state))
     app.include_router(lorax.routes(state))
     app.include_router(manage.routes(state))
+    if platform is not None:
+        app.include_router(keys.routes(state, platform))
     _add_health(app, state)
     _add_errors(app, state)
     return app

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from starlette.requests import HTTPConnection
 
 from lorikeet.config import ServeConfig
-from lorikeet.errors import ConfigError, LorikeetError
+from lorikeet.errors import ConfigError, ForbiddenError, LorikeetError
 from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, Role
 from lorikeet.server.limits import Limits, Meter
 
@@ -39,13 +39,6 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 class WrongKeyError(LorikeetError):
     code = "invalid_api_key"
     status = 401
-
-
-class ForbiddenError(LorikeetError):
-    """The caller is known, and may not."""
-
-    code = "forbidden"
-    status = 403
 
 
 class ForeignPageError(ForbiddenError):

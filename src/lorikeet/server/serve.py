@@ -22,6 +22,7 @@ from lorikeet.registry.records import Actor
 from lorikeet.server.app import create_app
 from lorikeet.server.catalogue import Catalogue, Refusal
 from lorikeet.server.fetcher import Fetcher
+from lorikeet.server.logs import start_logging
 from lorikeet.server.models import Models, ServedModel, base_model
 from lorikeet.server.platform import Platform
 from lorikeet.server.state import ServerState
@@ -42,7 +43,7 @@ class Server(uvicorn.Server):
 
 def run_serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C, drain, return. Raises what makes serving impossible."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(name)s: %(message)s")
+    start_logging()
     asyncio.run(serve(config, listen(config.host, config.port)))
 
 

@@ -1,0 +1,184 @@
+"""`lorikeet keys`: make, list, confine and revoke keys in the home folder, whether a server runs on it or not."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorikeet.cli_flags import one_of
+from lorikeet.errors import ConfigError, NotFoundError
+
+if TYPE_CHECKING:
+    from lorikeet.registry.catalog import Catalog
+    from lorikeet.registry.records import Actor, Key
+
+keys_app = typer.Typer(
+    help="Make, list, confine and revoke the keys of a home.", no_args_is_help=True, rich_markup_mode="rich"
+)
+
+HomeOption = Annotated[
+    Path | None, typer.Option(envvar="LORIKEET_HOME", help="The home of the server; default: ~/.lorikeet.")
+]
+CatalogOption = Annotated[
+    str | None, typer.Option(envvar="LORIKEET_CATALOG", help="postgresql:// URL, where the server has one.")
+]
+TenantOption = Annotated[str | None, typer.Option(help="The tenant whose keys they are; default: the first one.")]
+
+SHOWN = 8  # characters of an id in a table
+SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+
+
+@keys_app.command(
+    name="create",
+    epilog="[bold]Examples[/]\n\nlorikeet keys create --role admin me\n\n"
+    "lorikeet keys create ci --role trainer --repository intent --expires-in 90d\n\n"
+    "export LORIKEET_API_KEY=$(lorikeet keys create app --requests-per-minute 600 --tokens-per-day 2000000)",
+)
+def create_key(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    role: Annotated[
+        str, typer.Option(help="admin | trainer | user: manage keys; train and promote; read and generate.")
+    ] = "user",
+    repository: Annotated[
+        list[str] | None, typer.Option(help="Confine it to this repository; give it again for more.")
+    ] = None,
+    expires_in: Annotated[str | None, typer.Option(help="Such as 12h, 90d or 8w; default: never.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Default: no limit.", min=1)] = None,
+    tokens_per_day: Annotated[
+        int | None, typer.Option(help="Of prompts and answers, by UTC days; default: no limit.", min=1)
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="Whose key it is: it ends when that user is disabled.")] = None,
+    tenant: TenantOption = None,
+    home: HomeOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Make a key. It is printed this once, on standard output; the home keeps a hash of it."""
+    chosen = one_of(role, "--role", "admin", "trainer", "user")
+    with _opened(home, catalog, tenant) as (opened, who):
+        key, secret = opened.keys.create(
+            who, name, chosen, user=user, repositories=repository or None,
+            expires=None if expires_in is None else time.time() + _seconds(expires_in),
+            requests_per_minute=requests_per_minute, tokens_per_day=tokens_per_day,
+        )  # fmt: skip
+    typer.echo(f"{key.name} ({key.role}, {key.id}); keep it, it is not shown again:", err=True)
+    typer.echo(secret)
+
+
+@keys_app.command(name="ls")
+def list_keys(
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+    tenant: TenantOption = None,
+    home: HomeOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """List keys, newest first: what each may do, what it used today, and whether it still opens anything."""
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    with _opened(home, catalog, tenant) as (opened, who):
+        keys = opened.keys.all(who)
+        grants = {key.id: opened.keys.grants(who, key.id) for key in keys}
+        used = {key.id: sum(day.tokens for day in opened.keys.usage(key.id)) for key in keys}
+    if as_json:
+        listed = [
+            msgspec.to_builtins(key) | {"repositories": grants[key.id], "tokens_today": used[key.id]} for key in keys
+        ]
+        typer.echo(msgspec.json.encode(listed).decode())
+        return
+    table = Table("key", "name", "role", "repositories", "tokens today", "requests/min", "state", "id")
+    for key in keys:
+        names, quota = grants[key.id], key.tokens_per_day
+        table.add_row(
+            f"{key.prefix}...", key.name, key.role, "all" if names is None else ", ".join(names) or "none",
+            str(used[key.id]) + ("" if quota is None else f" of {quota}"),
+            "-" if key.requests_per_minute is None else str(key.requests_per_minute), _state(key), key.id[:SHOWN],
+        )  # fmt: skip
+    Console().print(table)
+
+
+@keys_app.command(name="revoke")
+def revoke_key(
+    key: Annotated[str, typer.Argument(help="Its id as listed, or its name.")],
+    tenant: TenantOption = None,
+    home: HomeOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Let a key open nothing any more, from the next request on."""
+    with _opened(home, catalog, tenant) as (opened, who):
+        revoked = opened.keys.revoke(who, _find(opened, who, key).id)
+    typer.echo(f"{revoked.name} ({revoked.id}) is revoked")
+
+
+@keys_app.command(
+    name="grant", epilog="[bold]Examples[/]\n\nlorikeet keys grant ci intent slots\n\nlorikeet keys grant ci --all"
+)
+def grant_repositories(
+    key: Annotated[str, typer.Argument(help="Its id as listed, or its name.")],
+    repositories: Annotated[list[str] | None, typer.Argument(help="Exactly those it may use from now on.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All repositories, later ones too.")] = False,
+    tenant: TenantOption = None,
+    home: HomeOption = None,
+    catalog: CatalogOption = None,
+) -> None:
+    """Say which repositories a key may use."""
+    if every == bool(repositories):
+        raise ConfigError("expected either names of repositories or --all", param="repositories")
+    with _opened(home, catalog, tenant) as (opened, who):
+        granted = opened.keys.grant(who, _find(opened, who, key).id, None if every else repositories)
+    typer.echo(f"{granted.name} ({granted.id}) may use " + ("all" if every else ", ".join(sorted(repositories or ()))))
+
+
+@contextmanager
+def _opened(home: Path | None, catalog: str | None, tenant: str | None) -> Iterator[tuple[Catalog, Actor]]:
+    """The catalog, and an actor of that tenant: whoever may write to the home is its admin."""
+    import os
+    from dataclasses import replace
+
+    from lorikeet.registry.home import open_home
+    from lorikeet.registry.records import Actor
+
+    opened = open_home(home, catalog=catalog)
+    try:
+        who = Actor(name=f"cli:{os.environ.get('USER') or os.getuid()}")
+        yield opened.catalog, who if tenant is None else replace(who, tenant=opened.catalog.people.tenant(tenant).id)
+    finally:
+        opened.close()
+
+
+def _find(catalog: Catalog, who: Actor, wanted: str) -> Key:
+    """The key of this id, or of an id that begins so; else the only living one of this name."""
+    keys = catalog.keys.all(who)
+    by_id = [key for key in keys if len(wanted) >= SHOWN and key.id.startswith(wanted)]
+    found = by_id or [key for key in keys if key.name == wanted and key.revoked is None]
+    if len(found) > 1:
+        raise ConfigError(
+            f"{len(found)} keys are called {wanted!r}", hint="give an id, see lorikeet keys ls", param="key"
+        )
+    if not found:
+        raise NotFoundError(
+            f"there is no key {wanted!r}", hint="see lorikeet keys ls", param="key", code="key_not_found"
+        )
+    return found[0]
+
+
+def _state(key: Key) -> str:
+    if key.revoked is not None:
+        return "revoked"
+    if key.expires is None:
+        return "open"
+    day = time.strftime("%Y-%m-%d", time.gmtime(key.expires))
+    return f"expired {day}" if key.expires <= time.time() else f"until {day}"
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"([1-9]\d{0,5})([mhdw])", text)
+    if match is None:
+        raise ConfigError(f"--expires-in: found {text!r}; expected such as 30m, 12h, 90d or 8w", param="--expires-in")
+    return int(match[1]) * float(SECONDS[match[2]])
