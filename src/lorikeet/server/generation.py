@@ -122,7 +122,7 @@ def check_length(tokens: Sequence[int], max_tokens: int | None, max_context: int
 
 async def generate(engine: EngineClient, metrics: Metrics, job: Job) -> AsyncGenerator[Delta]:
     """Deltas until one has `finish`. Errors are raised; leaving early cancels the request in the engine."""
-    watch = metrics.start(job.model.label, len(job.tokens))
+    watch = metrics.start(job.model.label, len(job.tokens), digest=job.model.digest, tenant=job.caller.tenant)
     assembler = Assembler(job)
     outcome = "cancelled"
     try:

@@ -7,6 +7,7 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lorikeet.engine.link import EngineClient
+from lorikeet.server.recent import Recent, Use
 from lorikeet.types import EngineStats
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -19,6 +20,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.recent = Recent()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"lorikeet_{name}", text, labels, registry=self.registry)
@@ -51,9 +53,9 @@ class Metrics:
             if name != "adapters"
         }
 
-    def start(self, adapter: str, prompt_tokens: int) -> Watch:
+    def start(self, adapter: str, prompt_tokens: int, *, digest: str | None = None, tenant: str = "") -> Watch:
         self._prompt.labels(adapter).inc(prompt_tokens)
-        return Watch(self, adapter)
+        return Watch(self, adapter, self.recent.begin(adapter, tenant, digest))
 
     async def page(self, engine: EngineClient) -> bytes:
         """The text Prometheus reads; the engine's own gauges are those of this moment."""
@@ -76,8 +78,8 @@ class Metrics:
 class Watch:
     """The clock of one generation."""
 
-    def __init__(self, metrics: Metrics, adapter: str) -> None:
-        self._metrics, self._adapter = metrics, adapter
+    def __init__(self, metrics: Metrics, adapter: str, use: Use) -> None:
+        self._metrics, self._adapter, self._use = metrics, adapter, use
         self._started = self._last = time.perf_counter()
         self._count = 0
 
@@ -86,16 +88,26 @@ class Watch:
         if not count:
             return
         now = time.perf_counter()
+        recent = self._metrics.recent
         if self._count:
             for _ in range(count):
                 self._metrics._between.observe((now - self._last) / count)
+            recent.between((now - self._last) / count, count)
         else:
             self._metrics._first.observe(now - self._started)
+            recent.first(now - self._started)
+            self._use.waiting -= 1
+            self._use.running += 1
+        recent.tokens(count)
         self._last = now
         self._count += count
 
     def end(self, outcome: str) -> None:
         metrics = self._metrics
+        if self._count:
+            self._use.running -= 1
+        else:
+            self._use.waiting -= 1
         metrics._generated.labels(self._adapter).inc(self._count)
         metrics._requests.labels(self._adapter, outcome).inc()
         if outcome in _WELL:

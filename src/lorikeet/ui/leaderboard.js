@@ -1,0 +1,74 @@
+// Every task with what was judged on it: the base, the adapters, the classical baseline; intervals and cost.
+
+import { useGet } from "./api.js";
+import { bytes, count, duration, percent } from "./format.js";
+import { html, useState } from "./html.js";
+import { intervalText } from "./adapters.js";
+import { Choice, Demo, Empty, Interval, Problem, Table, Waiting } from "./parts.js";
+
+function rowsOf(task) {
+  const adapters = (task.adapters ?? []).map((one) => ({ name: one.ref, ...one }));
+  adapters.sort((a, b) => b.score - a.score);
+  const rows = adapters.map((one) => ({ ...one, adapter: true }));
+  if (task.baseline) rows.push({ name: "classical baseline", ...task.baseline });
+  if (task.base) rows.push({ name: "base", ...task.base });
+  return rows;
+}
+
+/** An adapter whose interval lies above the base's is better than it beyond chance. */
+function Verdict({ row, task }) {
+  const low = row.low ?? row.ci?.[0];
+  const high = task.base?.high ?? task.base?.ci?.[1];
+  if (!row.adapter || low === undefined || low === null || high === undefined || high === null) return "";
+  return low > high ? html`<span class="tag accent">above the base</span>` : html`<span class="tag">not told from the base</span>`;
+}
+
+const COLUMNS = (task) => [
+  { title: "Model", wide: true, cell: (row) => row.name },
+  { title: "Score", number: true, cell: (row) => percent(row.score) },
+  { title: "95% interval", number: true, cell: intervalText },
+  { title: "0 to 100%", cell: (row) => html`<${Interval} score=${row.score} low=${row.low ?? row.ci?.[0]} high=${row.high ?? row.ci?.[1]} muted=${!row.adapter} />` },
+  { title: "", cell: (row) => html`<${Verdict} row=${row} task=${task} />` },
+  { title: "Training", number: true, cell: (row) => duration(row.train_seconds) },
+  { title: "Size", number: true, cell: (row) => bytes(row.adapter_bytes) },
+  { title: "Latency p50", number: true, cell: (row) => (row.p50_ms === undefined || row.p50_ms === null ? "–" : duration(row.p50_ms / 1000)) },
+];
+
+function Overview({ tasks }) {
+  const best = (task) => rowsOf(task).find((row) => row.adapter);
+  return html`<${Table} caption="All tasks" rows=${tasks} rowKey=${(task) => task.task} columns=${[
+    { title: "Task", wide: true, cell: (task) => task.task },
+    { title: "Metric", cell: (task) => task.metric },
+    { title: "Rows", number: true, cell: (task) => count(task.n) },
+    { title: "Base", number: true, cell: (task) => percent(task.base?.score) },
+    { title: "Baseline", number: true, cell: (task) => percent(task.baseline?.score) },
+    { title: "Best adapter", number: true, cell: (task) => percent(best(task)?.score) },
+    { title: "95% interval", number: true, cell: (task) => (best(task) ? intervalText(best(task)) : "–") },
+    { title: "0 to 100%", cell: (task) => html`<${Interval} score=${best(task)?.score} low=${best(task)?.ci?.[0] ?? best(task)?.low} high=${best(task)?.ci?.[1] ?? best(task)?.high} />` },
+    { title: "Which", cell: (task) => best(task)?.name ?? "–" },
+    { title: "Training", number: true, cell: (task) => duration(best(task)?.train_seconds) },
+  ]} />`;
+}
+
+export function Leaderboard() {
+  const { data, error } = useGet("api/leaderboard", 10);
+  const [view, setView] = useState("all");
+  const tasks = data?.tasks ?? [];
+  return html`
+    <div class="head"><h1 tabindex="-1">Leaderboard</h1>
+      ${tasks.length ? html`<${Choice} label="View" value=${view} options=${[["all", "Best of each task"], ["tasks", "Everything"]]} onValue=${setView} />` : null}
+    </div>
+    <${Problem} error=${error} />
+    ${!data && !error ? html`<${Waiting} what="the results" />` : null}
+    ${data && !tasks.length ? html`
+      <${Empty} title="Nothing was judged yet">
+        <p>An evaluation judges an adapter beside the base, on rows it has not seen, and says how sure that is. Give a run test rows, or start one: <code>lorikeet eval recipe.yaml</code>.</p>
+        <${Demo} />
+      <//>` : null}
+    ${tasks.length && view === "all" ? html`<${Overview} tasks=${tasks} />` : null}
+    ${tasks.length && view === "tasks" ? tasks.map((task) => html`
+      <section class="stack" key=${task.task} aria-label=${task.task}>
+        <h2>${task.task} <span class="muted">${task.metric}, ${count(task.n)} rows</span></h2>
+        <${Table} caption=${`Results of ${task.task}`} rows=${rowsOf(task)} rowKey=${(row) => row.name} columns=${COLUMNS(task)} />
+      </section>`) : null}`;
+}

@@ -1,0 +1,197 @@
+// A run from an uploaded file: what the model will see and learn, and what is wrong with it, before anything starts.
+
+import { call, get, path, useAction, useGet } from "./api.js";
+import { bytes, count, plural } from "./format.js";
+import { html, useEffect, useRef, useState } from "./html.js";
+import { Empty, Demo, Field, Input, Problem, Table } from "./parts.js";
+
+const SETTINGS = [
+  ["rank", "Rank", "16"], ["alpha", "Alpha", "32"], ["epochs", "Epochs", "3"], ["learning_rate", "Learning rate", "0.002"],
+  ["dropout", "Dropout", "0.1"], ["batch_rows", "Rows a step", "16"], ["validation", "Held-out share", "0.05"], ["seed", "Seed", "0"],
+];
+const LABELS = ["label", "completion", "answer", "output", "target", "response", "summary", "query", "intent"];
+const SKIPPED = ["id", "split", "template", "index"];
+
+/** A first guess of the templates: the column that looks like an answer is learned, the others are shown. */
+export function guess(columns) {
+  const names = Object.keys(columns).filter((name) => !SKIPPED.includes(name));
+  const answer = names.find((name) => LABELS.includes(name.toLowerCase())) ?? names.at(-1) ?? "";
+  const title = (name) => name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
+  const shown = names.filter((name) => name !== answer);
+  const structured = columns[answer] && !/str|text|label/i.test(String(columns[answer]));
+  return {
+    prompt: [...shown.map((name) => `${title(name)}: {${name}}`), `${title(answer)}:`].join("\n"),
+    completion: structured ? ` {${answer} | json}` : ` {${answer}}`,
+  };
+}
+
+function Upload({ onDone }) {
+  const [name, setName] = useState("");
+  const file = useRef(null);
+  const [send, busy, error] = useAction(async () => {
+    const form = new FormData();
+    form.append("name", name.trim());
+    form.append("file", file.current.files[0]);
+    onDone(await call("POST", "api/datasets", form));
+  });
+  const choose = () => {
+    const found = file.current.files[0];
+    if (found && !name) setName(found.name.replace(/\.[^.]*$/, "").replaceAll(/[^A-Za-z0-9._-]+/g, "-"));
+  };
+  return html`
+    <form class="stack" onSubmit=${(event) => { event.preventDefault(); send(); }}>
+      <${Field} label="A file of rows" hint="JSON lines, JSON, CSV, TSV or Parquet">
+        ${(id) => html`<input id=${id} type="file" ref=${file} required accept=".jsonl,.json,.csv,.tsv,.parquet" onChange=${choose} />`}
+      <//>
+      <${Input} label="Name of the dataset" required value=${name} onValue=${setName} />
+      <${Problem} error=${error} />
+      <div><button type="submit" disabled=${busy}>${busy ? "Uploading …" : "Upload"}</button></div>
+    </form>`;
+}
+
+function Rows({ dataset }) {
+  const rows = dataset.first ?? dataset.first_rows ?? dataset.preview ?? [];
+  const columns = Object.entries(dataset.columns ?? {});
+  const text = (found) => (typeof found === "object" ? JSON.stringify(found) : String(found ?? ""));
+  return html`
+    <p class="muted">${plural(dataset.rows, "row")}, ${bytes(dataset.bytes)}; columns ${columns.map(([name, type]) => `${name} (${type})`).join(", ")}</p>
+    ${rows.length ? html`<details><summary>First rows</summary><${Table} caption=${`First rows of ${dataset.name}`} rows=${rows.slice(0, 5)} columns=${columns.map(([name]) => ({ title: name, wide: true, cell: (row) => text(row[name]) }))} /></details>` : null}`;
+}
+
+function Audit({ preview }) {
+  const findings = preview.audit ?? [];
+  const tokens = preview.tokens ?? {};
+  return html`
+    <section class="stack" aria-label="Audit">
+      <h3>Audit of the data</h3>
+      ${findings.map((one) => html`<p class=${one.level === "error" ? "problem" : "note"}><strong>${one.level}</strong> ${one.message}</p>`)}
+      ${findings.length ? null : html`<p class="fine">Nothing is wrong with it.</p>`}
+      <p class="muted">${Object.entries(tokens).filter(([, found]) => typeof found === "number").map(([name, found]) => `${name.replaceAll("_", " ")} ${count(found)}`).join(", ")}</p>
+    </section>`;
+}
+
+function Preview({ preview }) {
+  return html`
+    <section class="stack" aria-label="Rendered rows">
+      <h3>Rows as the model sees them</h3>
+      <p class="muted">Grey text is read, and masked in the loss; <span class="learned">underlined</span> text is learned.</p>
+      ${preview.rows.slice(0, 4).map((row, i) => html`
+        <div class="rendered" key=${i} tabindex="0" role="group" aria-label=${`Row ${i + 1}`}>
+          ${row.pieces.map((piece) => html`<span class=${piece.learned ? "learned" : "masked"}>${piece.text}</span>`)}
+        </div>`)}
+    </section>`;
+}
+
+/** The preview of what is typed, asked for once typing has paused. */
+function usePreview(name, prompt, completion) {
+  const [state, setState] = useState({ preview: null, error: null, busy: false });
+  useEffect(() => {
+    if (!name || !prompt || !completion) return undefined;
+    const controller = new AbortController();
+    setState((before) => ({ ...before, busy: true }));
+    const timer = setTimeout(async () => {
+      try {
+        const preview = await call("POST", path`api/datasets/${name}/preview`, { prompt, completion }, { signal: controller.signal });
+        setState({ preview, error: null, busy: false });
+      } catch (error) {
+        if (error.name !== "AbortError") setState({ preview: null, error, busy: false });
+      }
+    }, 350);
+    return () => {
+      clearTimeout(timer);
+      controller.abort();
+    };
+  }, [name, prompt, completion]);
+  return state;
+}
+
+function recipeOf(form) {
+  const recipe = { prompt: form.prompt, completion: form.completion };
+  for (const [name, title] of SETTINGS) {
+    if (form[name].trim() === "") continue;
+    const number = Number(form[name]);
+    if (Number.isNaN(number)) throw new Error(`${title}: expected a number, found "${form[name]}"`);
+    recipe[name] = number;
+  }
+  return recipe;
+}
+
+export function NewRun({ query }) {
+  const datasets = useGet("api/datasets?limit=200");
+  const [dataset, setDataset] = useState(null);
+  const [form, setForm] = useState({ repo: "", description: "", prompt: "", completion: "", ...Object.fromEntries(SETTINGS.map(([name, , first]) => [name, first])) });
+  const change = (fields) => setForm((before) => ({ ...before, ...fields }));
+  const text = (name) => ({ value: form[name], onValue: (value) => change({ [name]: value }) });
+
+  const [take, , refused] = useAction(async (name, templates) => {
+    const found = await get(path`api/datasets/${name}`);
+    setDataset(found);
+    change({ ...guess(found.columns ?? {}), ...(form.repo ? {} : { repo: name }), ...templates });
+  });
+  const [likeError, setLikeError] = useState(null);
+  useEffect(() => {
+    const like = query.get("like");
+    if (query.get("dataset")) take(query.get("dataset"));
+    if (!like) return;
+    get(path`api/jobs/${like}`).then((job) => {
+      const recipe = job.recipe ?? job.spec?.recipe ?? job.spec ?? {};
+      const known = Object.fromEntries(SETTINGS.filter(([name]) => typeof recipe[name] === "number").map(([name]) => [name, String(recipe[name])]));
+      change({ ...known, repo: job.repository ?? "" });
+      const name = job.dataset ?? job.spec?.dataset;
+      if (name) take(name, { ...(recipe.prompt ? { prompt: recipe.prompt, completion: recipe.completion } : {}), repo: job.repository ?? name });
+    }).catch(setLikeError);
+  }, []);
+
+  const { preview, error: previewError, busy: looking } = usePreview(dataset?.name, form.prompt, form.completion);
+  const broken = (preview?.audit ?? []).some((one) => one.level === "error");
+  const [start, busy, error] = useAction(async () => {
+    const job = await call("POST", "api/jobs", { kind: "train", repo: form.repo.trim(), dataset: dataset.name, recipe: recipeOf(form), description: form.description });
+    window.location.hash = path`#/runs/${job.id}`;
+  });
+  const ready = dataset && preview && !broken && !looking && form.repo.trim();
+  return html`
+    <div class="head"><h1 tabindex="-1">New run</h1></div>
+    <${Problem} error=${datasets.error ?? likeError} />
+    <h2>1. Rows to learn from</h2>
+    <div class="halves">
+      <${Upload} onDone=${(made) => { datasets.reload(); take(made.name); }} />
+      <div class="stack">
+        <${Field} label="Or a dataset that is here">
+          ${(id) => html`
+            <select id=${id} value=${dataset?.name ?? ""} onChange=${(event) => event.currentTarget.value && take(event.currentTarget.value)}>
+              <option value="">${datasets.data?.items.length ? "choose" : "there is none yet"}</option>
+              ${(datasets.data?.items ?? []).map((one) => html`<option value=${one.name}>${one.name}</option>`)}
+            </select>`}
+        <//>
+        <${Problem} error=${refused} />
+        ${dataset ? html`<${Rows} dataset=${dataset} />` : null}
+      </div>
+    </div>
+    ${!dataset && datasets.data && !datasets.data.items.length ? html`<${Empty} title="No rows at hand?"><${Demo} /><//>` : null}
+    ${dataset ? html`
+      <h2>2. What the model sees, and what it learns</h2>
+      <div class="halves">
+        <div class="stack">
+          <${Field} label="Prompt" hint="Columns in braces; {column | json} writes one as JSON.">
+            ${(id) => html`<textarea id=${id} rows="5" value=${form.prompt} onInput=${(event) => change({ prompt: event.currentTarget.value })}></textarea>`}
+          <//>
+          <${Field} label="Completion" hint="This alone is learned. Begin it with a space where words are apart.">
+            ${(id) => html`<textarea id=${id} rows="2" value=${form.completion} onInput=${(event) => change({ completion: event.currentTarget.value })}></textarea>`}
+          <//>
+          <${Problem} error=${previewError} />
+          ${preview ? html`<${Audit} preview=${preview} />` : html`<p class="muted" role="status">${looking ? "Looking at the rows …" : ""}</p>`}
+        </div>
+        ${preview ? html`<${Preview} preview=${preview} />` : null}
+      </div>
+      <h2>3. The adapter</h2>
+      <form class="stack" onSubmit=${(event) => { event.preventDefault(); start(); }}>
+        <div class="halves">
+          <${Input} label="Repository" required hint="A new version is added where it is there already." ...${text("repo")} />
+          <${Input} label="Description" ...${text("description")} />
+        </div>
+        <div class="fields">${SETTINGS.map(([name, title]) => html`<${Input} label=${title} inputmode="decimal" ...${text(name)} />`)}</div>
+        <${Problem} error=${error} />
+        <div class="row"><button type="submit" class="primary" disabled=${!ready || busy}>Start the run</button>
+        ${broken ? html`<span class="muted">The audit has errors: nothing can start before they are gone.</span>` : null}</div>
+      </form>` : null}`;
+}
