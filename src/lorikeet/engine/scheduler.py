@@ -21,7 +21,7 @@ LEAST_TOKENS = 12  # of prompts in a step, however many sequences decode
 LONGEST_WAIT = 64  # steps that the next in turn waits before running sequences of over-served others give way
 SHORT_WAIT = 4  # steps, before somebody with two places more gives way
 LOOK_EVERY = 4  # steps
-LOOK_AHEAD = 64  # queues whose adapters are brought in before their turn
+LOOK_AHEAD = 8  # of so many slots hardly more than one is free after a step: its adapter should be there by then
 
 
 @dataclass(slots=True)
@@ -261,7 +261,7 @@ class Scheduler:
         holds up its own queue only. For those that wait on their adapters are brought in meanwhile.
         """
         short = stuck = False  # stuck: an adapter waits for room in the slab; nobody less deserving may ask before it
-        ahead = LOOK_AHEAD
+        ahead = max(2, self.max_seqs // LOOK_AHEAD)
         for key in self.waiting.turns():
             short = short or not self._free_slots or plan.token_count >= plan.token_limit
             if short:
