@@ -98,7 +98,8 @@ class AdapterFile:
         raw = {key: (entry, data[entry.start : entry.stop]) for key, entry in self._entries.items()}
         for key, copy in self._copies:
             if data[copy.start : copy.stop] != raw[key][1]:
-                raise AdapterError(f"{WEIGHTS}: {stored_name(*key)} is there twice, with different values")
+                message = f"{WEIGHTS}: {stored_name(*key)} is there twice, with different values"
+                raise AdapterError(message, param=key[0])
         return {key: self._decode(key, *parts) for key, parts in raw.items()}, content_hash(self.config, raw)
 
     def _parse_names(self) -> dict[tuple[str, Part], TensorEntry]:

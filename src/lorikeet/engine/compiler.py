@@ -39,7 +39,7 @@ class AdapterCompiler:
         )
         rows = info.vocab_size or settings.spec.vocab_size
         if kind == "own" or info.vocab_size is not None:
-            _check_vocabulary(tokenizer or self._tokenizers.base, rows)
+            _check_vocabulary(folder, tokenizer or self._tokenizers.base, rows)
         for token in set(base.stop_ids) - set(settings.base.stop_ids):
             if token >= rows:
                 raise AdapterError(
@@ -49,12 +49,12 @@ class AdapterCompiler:
         return replace(info, tokenizer=kind)
 
 
-def _check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer, rows: int) -> None:
     last = tokenizer.largest_id
     if last >= rows:
         raise AdapterError(
-            f"{tokenizer.folder.name}/tokenizer.json: {tokenizer.piece(last)!r} has the id {last}, "
-            f"but embedding and head have {rows} rows",
+            f"{folder.name}: {tokenizer.piece(last)!r} of its tokenizer has the id {last}, "
+            f"but its embedding and head have {rows} rows",
             hint="save the resized tables with the adapter: save_embedding_layers=True, or modules_to_save with both",
             param="tokenizer",
         )
