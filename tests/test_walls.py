@@ -40,6 +40,9 @@ ROOMS: dict[str, set[str]] = {
     "server": {
         "engine.link",
         "engine.lifeline",
+        "job.orders",
+        "model.families",
+        "model.spec",
         "data.formats",
         "train.audit",
         "train.dataset",

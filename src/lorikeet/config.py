@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,6 +21,8 @@ Positive = Annotated[int, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 AdapterName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+AnyRecipe = TypeVar("AnyRecipe", bound=msgspec.Struct)
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -131,6 +133,65 @@ class EvalTask(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop: list[str] = []
     baseline: Literal["tfidf"] | None = None
     input: str | None = None  # the column the baseline reads; default: the prompt as rendered
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+class JudgeRecipe(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an adapter and its base are judged on a split of a dataset; prompt and reference default to the adapter's."""
+
+    # None: accuracy among the labels where answers repeat, json_exact where they are JSON, else rouge_l
+    metric: Literal["accuracy", "macro_f1", "rouge_l", "json_exact", "json_field_f1", "regex"] | None = None
+    split: Literal["test", "validation", "train"] = "test"
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    reference: str | list[str] | None = None
+    choices: Literal["from-data"] | list[str] | None = None
+    max_tokens: Positive = 64
+    stop: list[str] = []
+    limit: Positive | None = 500  # items, drawn by the seed
+    group_by: str | None = None
+    baseline: Literal["tfidf"] | None = None
+    input: str | None = None
+    seed: int = 0
+
+
+class JobRecipe(AdapterSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a training job does with a dataset of the catalog: an adapter's recipe without its name and its files."""
+
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[Message] | None = None
+    convert: Literal["bio"] | None = None
+    validation: Annotated[float, Meta(ge=0.0, lt=1.0)] | None = None  # share, where the dataset has no such split
+    checkpoints: Annotated[int, Meta(ge=0, le=100)] = 10  # at most so many, at the ends of epochs
+    evaluate: JudgeRecipe | bool = True  # judge base and adapter afterwards, where the dataset has a test split
+
+
+def job_adapter(recipe: JobRecipe, name: str, splits: Mapping[str, str]) -> AdapterRecipe:
+    """The resolved recipe of a job's adapter; `splits` maps splits to file names. Raises `ConfigError`."""
+    validation: str | float = splits.get("validation") or recipe.validation or 0.0
+    if "validation" in splits and recipe.validation:
+        raise ConfigError(
+            f"validation: found {recipe.validation:g}, and the dataset has a validation split of its own",
+            hint="leave it out", param="validation",
+        )  # fmt: skip
+    data = TrainData(train=splits["train"], test=splits.get("test"), validation=validation, convert=recipe.convert)
+    settings = {field: getattr(recipe, field) for field in AdapterSettings.__struct_fields__}
+    adapter = AdapterRecipe(
+        name=name, data=data, prompt=recipe.prompt, completion=recipe.completion, messages=recipe.messages, **settings
+    )
+    return resolve_adapters(TrainRecipe(version=1, base="-", output="-", adapters=[adapter]))[0]
+
+
+def read_fields(raw: Any, kind: type[AnyRecipe], where: str) -> AnyRecipe:
+    """A part of a request as a recipe. Raises `ConfigError` that names field, found and expected."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        message = str(error).replace("`$", f"`{where}")
+        raise ConfigError(f"{where}: {message}", hint=_fields_hint(str(error), kind), param=where) from None
 
 
 # --- a recipe file ------------------------------------------------------------------------------------------------
@@ -315,8 +376,6 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
-
-AnyRecipe = TypeVar("AnyRecipe", bound=msgspec.Struct)
 
 
 def read_recipe(path: Path, kind: type[AnyRecipe]) -> AnyRecipe:

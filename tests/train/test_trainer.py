@@ -207,7 +207,7 @@ def test_a_finished_run_resumes_to_itself(
 def test_not_finite_is_an_error_of_one_adapter(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = trainer._make_job
+    make = trainer.make_trainee
 
     def poisoned(recipe: Any, *rest: Any) -> Any:
         job = make(recipe, *rest)
@@ -216,7 +216,7 @@ def test_not_finite_is_an_error_of_one_adapter(
             job.run.parameters.refresh()
         return job
 
-    monkeypatch.setattr(trainer, "_make_job", poisoned)
+    monkeypatch.setattr(trainer, "make_trainee", poisoned)
     with pytest.raises(TrainingError, match="the loss of first was not finite"):
         train(make_recipe(tmp_path, checkpoint("llama")))
     assert not (tmp_path / "out" / "first").exists() and (tmp_path / "out" / "second").exists()

@@ -191,13 +191,13 @@ class Jobs(Part):
         """Take the next queued jobs, those of high priority and the oldest first, at most `limit` of them.
 
         Together they need no more than `memory` bytes; one that needs more is passed over. `join_key`: only jobs that
-        can run as one with those of this key.
+        can run as one with those of this key, and were not tried before: one that broke its process runs alone.
         """
         wanted = select(JobRow).where(JobRow.state == "queued")
         if kinds is not None:
             wanted = wanted.where(JobRow.kind.in_(kinds))
         if join_key is not None:
-            wanted = wanted.where(JobRow.join_key == join_key)
+            wanted = wanted.where(JobRow.join_key == join_key, JobRow.attempts == 0)
         left = memory
         leases: list[Lease] = []
         while len(leases) < limit:

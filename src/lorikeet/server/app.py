@@ -12,8 +12,9 @@ from starlette.websockets import WebSocketState
 
 from lorikeet import __version__
 from lorikeet.errors import LorikeetError
-from lorikeet.server import keys, lorax, manage, openai
+from lorikeet.server import datasets, demo, jobs, keys, lorax, manage, openai, pages, serving
 from lorikeet.server.auth import Access, needs, public
+from lorikeet.server.predibase import routes as predibase
 from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
 from lorikeet.server.state import ServerState
 
@@ -41,6 +42,12 @@ def create_app(state: ServerState) -> FastAPI:
     app.include_router(manage.routes(state))
     if platform is not None:
         app.include_router(keys.routes(state, platform))
+        app.include_router(datasets.routes(state, platform))
+        app.include_router(jobs.routes(state, platform))
+        app.include_router(demo.routes(platform))
+        app.include_router(serving.routes(state))
+        pages.add_pages(app)
+        app.include_router(predibase.routes(state, platform))
     _add_health(app, state)
     _add_errors(app, state)
     return app
@@ -99,7 +106,8 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
 def _add_errors(app: FastAPI, state: ServerState) -> None:
     def reply(request: Request, error: LorikeetError) -> Response:
         state.metrics.refused.labels(error.code).inc()
-        shape = lorax.error_body if request.url.path in lorax.PATHS else openai.error_body
+        path = request.url.path
+        shape = predibase.error_shape(path) or (lorax.error_body if path in lorax.PATHS else openai.error_body)
         return json_reply(shape(error), error.status, error_headers(error))
 
     @app.exception_handler(LorikeetError)

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from starlette.requests import HTTPConnection
+import psutil
 
 from lorikeet.config import PlatformConfig
-from lorikeet.errors import ConfigError, ForbiddenError
-from lorikeet.model.sources import find_model, identify
+from lorikeet.errors import ConfigError
+from lorikeet.model.sources import checkpoint_files, find_model, identify
 from lorikeet.registry.home import open_home
-from lorikeet.registry.records import Actor, Role
+from lorikeet.server.supervisor import Supervisor
 from lorikeet.types import BaseIdentity
 
 log = logging.getLogger("lorikeet.platform")
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 CATALOG_THREADS, SLOW_THREADS = 16, 4
 HOUSEKEEPING_SECONDS = 600.0
-_RANKS: dict[Role, int] = {"user": 0, "trainer": 1, "admin": 2}
+JUDGING_MEMORY = 2 * 2**30  # what an evaluation takes beside the base: keys and values, adapters, libraries
 
 
 class Platform:
@@ -53,6 +53,9 @@ class Platform:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         self.home = open_home(folder, catalog=config.catalog, blobs=config.blobs)
         self.catalog, self.blobs = self.home.catalog, self.home.blobs
+        self.job_memory = config.job_memory or psutil.virtual_memory().total // 2
+        self.judging_memory = JUDGING_MEMORY + sum(one.stat().st_size for one in checkpoint_files(find_model(model)))
+        self.supervisor = Supervisor(self)
         self._quick = ThreadPoolExecutor(CATALOG_THREADS, "catalog")
         self._slow = ThreadPoolExecutor(SLOW_THREADS, "platform")
         self._tasks: list[asyncio.Task[None]] = []
@@ -68,13 +71,18 @@ class Platform:
         return await asyncio.get_running_loop().run_in_executor(self._slow, partial(work, *args, **kwargs))
 
     async def start(self) -> None:
+        await self.supervisor.start()
         self._tasks.append(asyncio.create_task(self._keep_house(), name="housekeeping"))
 
     async def stop(self) -> None:
+        """Jobs go back to the queue; the catalog answers on until `close`."""
+        await self.supervisor.stop()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    def close(self) -> None:
         self._quick.shutdown(wait=True)
         self._slow.shutdown(wait=False, cancel_futures=True)
         self.home.close()
@@ -95,15 +103,3 @@ class Platform:
         else:
             if removed:
                 log.info("%d blobs that nothing needs are removed", removed)
-
-
-def actor(request: HTTPConnection, least: Role = "user") -> Actor:
-    """On whose behalf a request comes. Raises `ForbiddenError` where that role is not enough.
-
-    Without authentication everybody who reaches the server is its admin.
-    """
-    found = getattr(request.state, "actor", None)
-    who = found if isinstance(found, Actor) else Actor()
-    if _RANKS[who.role] < _RANKS[least]:
-        raise ForbiddenError(f"{who.name} has the role {who.role}, and this takes {least}", hint="ask an admin")
-    return who

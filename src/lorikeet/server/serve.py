@@ -25,6 +25,7 @@ from lorikeet.server.fetcher import Fetcher
 from lorikeet.server.logs import start_logging
 from lorikeet.server.models import Models, ServedModel, base_model
 from lorikeet.server.platform import Platform
+from lorikeet.server.registry import RegistryAdapters
 from lorikeet.server.state import ServerState
 
 log = logging.getLogger("lorikeet.server")
@@ -78,7 +79,10 @@ def make_state(config: ServeConfig, engine: EngineClient | None = None) -> Serve
     engine = engine or EngineClient(config.engine)
     fetcher = Fetcher(config.adapter_sources, cache_folder() / "downloads", config.sources)
     platform = None if config.platform is None else Platform(config.platform, config.engine.model)
-    return ServerState(config=config, engine=engine, models=Models(base, catalogue, engine, fetcher), platform=platform)
+    models = Models(base, catalogue, engine, fetcher)
+    if platform is not None:
+        models.registry = RegistryAdapters(platform.home)
+    return ServerState(config=config, engine=engine, models=models, platform=platform)
 
 
 def base_name(config: ServeConfig, folder: Path) -> str:
@@ -111,6 +115,7 @@ async def serve(
         )
     )  # fmt: skip
     serving = asyncio.create_task(server.serve([listener]))
+    leaving: asyncio.Task[None] | None = None
     try:
         if await _start_engine(state, stop):
             if state.platform is not None:
@@ -120,14 +125,18 @@ async def serve(
                 on_ready(state)
             await _first(stop.wait(), asyncio.shield(serving))
             log.info("draining: %d requests in flight, up to %g s", state.engine.in_flight, config.drain_seconds)
+            if state.platform is not None:
+                leaving = asyncio.create_task(state.platform.stop())
             await _first(state.engine.drain(config.drain_seconds), at_once.wait())
     finally:
         if state.platform is not None:
-            await state.platform.stop()
+            await (leaving or state.platform.stop())
         await state.engine.stop()
         server.should_exit = True
         await serving
         await state.access.close()
+        if state.platform is not None:
+            state.platform.close()
         listener.close()
 
 

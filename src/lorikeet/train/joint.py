@@ -30,6 +30,10 @@ class JointTrainer:
     def add(self, run: AdapterRun) -> None:
         self.runs.append(run)
 
+    def remove(self, run: AdapterRun) -> None:
+        """Before it has finished, between two steps."""
+        self.runs.remove(run)
+
     @property
     def active(self) -> list[AdapterRun]:
         return [run for run in self.runs if not run.finished]

@@ -7,11 +7,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lorikeet.train.adapter_run import AdapterRun, StepResult
+
+
+def metrics_lines(run: str, adapter: AdapterRun, result: StepResult) -> list[dict[str, Any]]:
+    """What a step is worth saying: a line for training, and one for validation where it was due (formats.md)."""
+    shared = {"v": 1, "t": round(time.time(), 3), "run": run, "adapter": adapter.name, "step": result.step}
+    rest = {
+        "tokens": adapter.progress.tokens,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "seconds": round(adapter.progress.seconds, 3),
+    }
+    lines: list[dict[str, Any]] = [{**shared, "split": "train", "loss": result.loss, **rest}]
+    if result.validation_loss is not None:
+        lines.append({**shared, "split": "validation", "loss": result.validation_loss, **rest})
+    return lines
 
 
 class MetricsFile:
@@ -36,16 +52,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, adapter: AdapterRun, result: StepResult) -> None:
-        shared = {"v": 1, "t": round(time.time(), 3), "run": self.run, "adapter": adapter.name, "step": result.step}
-        rest = {
-            "tokens": adapter.progress.tokens,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "seconds": round(adapter.progress.seconds, 3),
-        }
-        self._file.write(json.dumps({**shared, "split": "train", "loss": result.loss, **rest}) + "\n")
-        if result.validation_loss is not None:
-            line = {**shared, "split": "validation", "loss": result.validation_loss, **rest}
+        for line in metrics_lines(self.run, adapter, result):
             self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

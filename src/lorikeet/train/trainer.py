@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import torch
 from rich.console import Console
 
-from lorikeet import __version__
-from lorikeet.adapters.configs import LoraConfig
-from lorikeet.adapters.files import Lock, LockedBase, LockedTemplate, write_peft
 from lorikeet.config import AdapterRecipe, TrainRecipe, chosen, read_recipe, resolve_adapters
 from lorikeet.errors import LorikeetError
 from lorikeet.kernels.precision import choose_dtype
-from lorikeet.model.names import MODULES, module_of
 from lorikeet.model.sources import find_model, identify
-from lorikeet.model.spec import ModelSpec
 from lorikeet.model.tokenizer import Tokenizer
 from lorikeet.model.weights import load, load_spec
 from lorikeet.train import checkpoint
-from lorikeet.train.adapter_run import AdapterRun
 from lorikeet.train.audit import AdapterData, prepare, print_report, require_clean
-from lorikeet.train.dataset import digest
 from lorikeet.train.heap import keep_freed_memory
 from lorikeet.train.joint import JointTrainer
 from lorikeet.train.progress import Bars, MetricsFile
+from lorikeet.train.trainee import Trainee, make_trainee
 from lorikeet.types import BaseIdentity
 
 CHECKPOINT_SECONDS = 60.0
@@ -68,17 +59,6 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     adapters: dict[str, AdapterSummary]
 
 
-@dataclass(slots=True)
-class _Job:
-    """An adapter with what is needed to write it."""
-
-    recipe: AdapterRecipe
-    data: AdapterData
-    run: AdapterRun
-    mark: str
-    data_sha256: str
-
-
 def run_train(
     recipe_path: Path,
     *,
@@ -109,21 +89,21 @@ def run_train(
     keep_freed_memory()
     dtype = choose_dtype(recipe.dtype)
     spec, weights = load(folder, dtype)
-    jobs = [_make_job(a, d, spec, base, dtype) for a, d in zip(adapters, data, strict=True)]
+    trainees = [make_trainee(a, d, spec, base, dtype) for a, d in zip(adapters, data, strict=True)]
     output.mkdir(parents=True, exist_ok=True)
-    for job in jobs:
-        path = checkpoint.path_of(output, job.run.name)
+    for one in trainees:
+        path = checkpoint.path_of(output, one.run.name)
         if not resume:
             path.unlink(missing_ok=True)
-        elif checkpoint.restore(job.run, path, job.mark):
-            console.print(f"{job.run.name}: goes on from step {job.run.progress.step} of {job.run.total_steps}")
+        elif one.restore(path):
+            console.print(f"{one.run.name}: goes on from step {one.run.progress.step} of {one.run.total_steps}")
     trainer = JointTrainer(spec, weights, step_tokens=recipe.step_tokens)
-    for job in jobs:
-        trainer.add(job.run)
-    with _stop_on_signal() as stopping:
-        _train(trainer, jobs, output, base, console, stopping, resume)
+    for one in trainees:
+        trainer.add(one.run)
+    with stop_on_signal() as stopping:
+        _train(trainer, trainees, output, console, stopping, resume)
         interrupted = bool(trainer.active)
-    summary = _summarise(jobs, output, base, interrupted)
+    summary = _summarise(trainees, output, base, interrupted)
     _report(summary, output, console)
     return summary
 
@@ -139,86 +119,59 @@ def _read_data(
     return [data for data, _ in prepared]
 
 
-def _make_job(
-    recipe: AdapterRecipe, data: AdapterData, spec: ModelSpec, base: BaseIdentity, dtype: torch.dtype
-) -> _Job:
-    run = AdapterRun(recipe, spec, data.train, data.validation, compute_dtype=dtype)
-    data_sha256 = digest(data.train, data.validation)
-    return _Job(recipe, data, run, checkpoint.fingerprint(recipe, base.sha256, data_sha256, str(dtype)), data_sha256)
-
-
 def _train(
     trainer: JointTrainer,
-    jobs: Sequence[_Job],
+    trainees: Sequence[Trainee],
     output: Path,
-    base: BaseIdentity,
     console: Console,
     stopping: Callable[[], bool],
     resume: bool,
 ) -> None:
     """Steps until every adapter has ended or a signal came; an adapter is written as soon as it has ended."""
-    runs = [job.run for job in jobs]
+    runs = [one.run for one in trainees]
     metrics = MetricsFile(output / "metrics.jsonl", f"{output.name}-{int(time.time())}", runs if resume else ())
     saved = time.perf_counter()
-    for job in jobs:
-        if job.run.finished:
-            _finish(job, output, base)
+    for one in trainees:
+        if one.run.finished:
+            _finish(one, output)
     try:
         with Bars(runs, console) as bars:
             while trainer.active and not stopping():
-                active = [job for job in jobs if not job.run.finished]
+                active = [one for one in trainees if not one.run.finished]
                 results = trainer.step()
-                for job in active:
-                    metrics.write(job.run, results[job.run.name])
-                    bars.update(job.run, results[job.run.name])
-                    if job.run.finished:
-                        _finish(job, output, base)
+                for one in active:
+                    metrics.write(one.run, results[one.run.name])
+                    bars.update(one.run, results[one.run.name])
+                    if one.run.finished:
+                        _finish(one, output)
                 if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                    _save(jobs, output)
+                    _save(trainees, output)
                     saved = time.perf_counter()
     finally:
         metrics.close()
-        _save(jobs, output)
+        _save(trainees, output)
 
 
-def _save(jobs: Sequence[_Job], output: Path) -> None:
-    for job in jobs:
-        if not job.run.finished:
-            checkpoint.save(job.run, checkpoint.path_of(output, job.run.name), job.mark)
+def _save(trainees: Sequence[Trainee], output: Path) -> None:
+    for one in trainees:
+        if not one.run.finished:
+            one.save(checkpoint.path_of(output, one.run.name))
 
 
-def _finish(job: _Job, output: Path, base: BaseIdentity) -> None:
+def _finish(trainee: Trainee, output: Path) -> None:
     """The last checkpoint, then the PEFT folder, unless the adapter failed."""
-    run = job.run
-    if run.progress.stopped == "not finite":
+    if trainee.failed:
         return
-    checkpoint.save(run, checkpoint.path_of(output, run.name), job.mark)
-    run.final_weights()
-    settings = run.settings
-    lock = Lock(
-        base=LockedBase(base.name, base.sha256),
-        tokenizer_sha256=base.tokenizer_sha256,
-        stop_ids=base.stop_ids,
-        template=LockedTemplate.of("chat" if job.data.template_kind == "chat" else "prompt", job.data.template_text),
-        recipe_sha256=hashlib.sha256(msgspec.json.encode(job.recipe, order="sorted")).hexdigest(),
-        data_sha256=job.data_sha256,
-        code_version=__version__,
-    )
-    config = LoraConfig(
-        r=settings.rank,
-        alpha=settings.alpha,
-        use_rslora=settings.rslora,
-        target_modules=tuple(MODULES[role].rsplit(".", 1)[1] for role in settings.roles),
-    )
-    pairs = {module_of(site): (a.numpy(), b.numpy()) for site, a, b in run.parameters.named_pairs()}
-    write_peft(output / run.name, config, pairs, base_name=base.name, lock=lock)
+    trainee.save(checkpoint.path_of(output, trainee.run.name))
+    trainee.run.final_weights()
+    trainee.write(output / trainee.run.name)
 
 
-def _summarise(jobs: Sequence[_Job], output: Path, base: BaseIdentity, interrupted: bool) -> Summary:
+def _summarise(trainees: Sequence[Trainee], output: Path, base: BaseIdentity, interrupted: bool) -> Summary:
     adapters = {}
-    for job in jobs:
-        p, weights = job.run.progress, output / job.run.name / "adapter_model.safetensors"
-        adapters[job.run.name] = AdapterSummary(
+    for one in trainees:
+        p, weights = one.run.progress, output / one.run.name / "adapter_model.safetensors"
+        adapters[one.run.name] = AdapterSummary(
             steps=p.step,
             tokens=p.tokens,
             loss=p.loss,
@@ -230,8 +183,8 @@ def _summarise(jobs: Sequence[_Job], output: Path, base: BaseIdentity, interrupt
         )
     summary = Summary(
         base=base.name,
-        joint_wall_seconds=sum(job.run.progress.seconds for job in jobs),
-        tokens=sum(job.run.progress.tokens for job in jobs),
+        joint_wall_seconds=sum(one.run.progress.seconds for one in trainees),
+        tokens=sum(one.run.progress.tokens for one in trainees),
         interrupted=interrupted,
         adapters=adapters,
     )
@@ -257,7 +210,7 @@ def _report(summary: Summary, output: Path, console: Console) -> None:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Inside, SIGINT and SIGTERM only ask to stop; a second one ends the process as usual."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

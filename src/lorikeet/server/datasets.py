@@ -1,0 +1,249 @@
+"""`/api/datasets`: rows to learn from and to judge by, and a look at what a recipe makes of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from lorikeet.config import AdapterRecipe, JobRecipe, job_adapter, read_fields
+from lorikeet.data.formats import READERS, Row, read_rows
+from lorikeet.errors import ConfigError, DataError, InvalidRequestError, UnsupportedFieldError
+from lorikeet.model.families import load_spec
+from lorikeet.model.sources import find_model
+from lorikeet.model.tokenizer import Tokenizer
+from lorikeet.registry.home import SPLITS
+from lorikeet.registry.records import Actor, Dataset
+from lorikeet.registry.references import check_name
+from lorikeet.server.auth import needs, principal
+from lorikeet.server.forms import copy_to, fields_of, files_of, is_form, read_form
+from lorikeet.server.listing import Query, page_reply, plain
+from lorikeet.server.platform import Platform
+from lorikeet.server.replies import json_reply
+from lorikeet.server.state import ServerState
+from lorikeet.server.validation import Body, parse, read_body
+from lorikeet.train.audit import prepare
+from lorikeet.train.dataset import Example
+
+Json = dict[str, Any]
+MAX_DATASET = 256 * 2**20  # bytes of one upload: rows are checked in memory
+FIRST_ROWS = 20  # that a dataset shows
+PREVIEW_ROWS = 5
+PREVIEW_READ = 2000  # rows of which a preview is made
+EXPLODES = 32  # a Parquet file that grows by more when it is read is refused
+
+
+class RowsBody(Body):
+    """A dataset as JSON. `shares`: splits to draw from `rows`, such as {"test": 0.2}."""
+
+    name: str
+    description: Annotated[str, Field(max_length=4000)] = ""
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    validation: list[dict[str, Any]] | None = None
+    test: list[dict[str, Any]] | None = None
+    shares: dict[str, float] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
+def routes(state: ServerState, platform: Platform) -> APIRouter:
+    router = APIRouter()
+    datasets = platform.catalog.datasets
+
+    @router.get("/api/datasets")
+    @needs("user")
+    async def list_datasets(request: Request) -> Response:
+        query = Query(request, "limit", "after", "contains")
+        page = await platform.run(
+            datasets.page, principal(request).actor, after=query.text("after"), limit=query.limit,
+            contains=query.text("contains"),
+        )  # fmt: skip
+        return page_reply(page)
+
+    @router.post("/api/datasets")
+    @needs("trainer")
+    async def create_dataset(request: Request) -> Response:
+        """A form with `file` (or `train`), and `validation` and `test` where there are; or rows as JSON."""
+        who = principal(request).actor
+        limit = min(platform.config.max_upload, MAX_DATASET)
+        if not is_form(request):
+            body = parse(RowsBody, await read_body(request, limit))
+            return json_reply(plain(await platform.run_slow(_from_rows, platform, who, body)), 201)
+        async with read_form(request, limit) as form:
+            fields = fields_of(form, "name", "description", "shares", "seed")
+            made = await platform.run_slow(_from_form, platform, who, fields, files_of(form))
+        return json_reply(plain(made), 201)
+
+    @router.get("/api/datasets/{name}")
+    @needs("user")
+    async def get_dataset(request: Request, name: str) -> Response:
+        """With its first rows."""
+        found = await platform.run(datasets.get, principal(request).actor, name)
+        rows = await platform.run_slow(_first_rows, platform, found, "train", FIRST_ROWS)
+        return json_reply(plain(found) | {"first_rows": rows})
+
+    @router.delete("/api/datasets/{name}")
+    @needs("trainer")
+    async def delete_dataset(request: Request, name: str) -> Response:
+        await platform.run(datasets.delete, principal(request).actor, name)
+        return Response(status_code=204)
+
+    @router.post("/api/datasets/{name}/preview")
+    @needs("user")
+    async def preview(request: Request, name: str) -> Response:
+        """What a training would make of the rows: prompts, learned tokens, findings. Nothing is started."""
+        raw = await read_body(request, state.config.max_body)
+        try:
+            fields = json.loads(raw or b"{}")
+        except ValueError as error:
+            raise InvalidRequestError(f"the body is not valid JSON: {error}", code="malformed_json") from None
+        recipe = read_fields(fields, JobRecipe, "recipe")
+        found = await platform.run(datasets.get, principal(request).actor, name)
+        return json_reply(await platform.run_slow(_preview, platform, found, recipe))
+
+    return router
+
+
+# --- making one ---------------------------------------------------------------------------------------------------
+
+
+def _from_form(platform: Platform, who: Actor, fields: dict[str, str], uploads: list[tuple[str, Any]]) -> Dataset:
+    name = check_name(fields.get("name", ""))
+    shares = _shares(fields.get("shares"))
+    seed = fields.get("seed", "0")
+    if not (seed.isascii() and seed.isdecimal()):
+        raise UnsupportedFieldError(f"'seed': expected a whole number, found {seed[:80]!r}", param="seed")
+    with tempfile.TemporaryDirectory(dir=platform.blobs.staging, prefix="dataset-") as place:
+        files: dict[str, Path] = {}
+        for field, upload in uploads:
+            split = "train" if field == "file" else field
+            suffix = Path(upload.filename or "").suffix.lower()
+            if split not in SPLITS or split in files:
+                raise UnsupportedFieldError(
+                    f"'{field[:80]}': expected one file for each of file (the rows to train on), validation and test",
+                    param=field,
+                )  # fmt: skip
+            if suffix not in READERS:
+                raise UnsupportedFieldError(
+                    f"'{field}': files of the kind {suffix or 'without a suffix'} are not read, expected "
+                    f"{', '.join(READERS)}", param=field, hint="archives are not unpacked; send the file itself",
+                )  # fmt: skip
+            files[split] = copy_to(upload, Path(place) / f"{split}{suffix}")
+            _refuse_bomb(files[split], field)
+        if "train" not in files:
+            raise UnsupportedFieldError("field 'file' is missing", param="file", code="invalid_value")
+        return _add(platform, who, name, files, fields.get("description", ""), shares, int(seed), Path(place))
+
+
+def _from_rows(platform: Platform, who: Actor, body: RowsBody) -> Dataset:
+    with tempfile.TemporaryDirectory(dir=platform.blobs.staging, prefix="dataset-") as place:
+        files = {}
+        for split, rows in (("train", body.rows), ("validation", body.validation), ("test", body.test)):
+            if rows is not None:
+                files[split] = Path(place) / f"{split}.jsonl"
+                files[split].write_text(
+                    "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows), "utf-8"
+                )
+        return _add(
+            platform, who, check_name(body.name), files, body.description, body.shares or {}, body.seed, Path(place)
+        )
+
+
+def _add(
+    platform: Platform, who: Actor, name: str, files: dict[str, Path], description: str, shares: dict[str, float],
+    seed: int, place: Path,
+) -> Dataset:  # fmt: skip
+    try:
+        return platform.home.add_dataset(
+            who, name, files, read_rows, shares=shares, seed=seed, description=description
+        )  # fmt: skip
+    except (ConfigError, DataError) as error:
+        error.message = error.message.replace(f"{place}/", "")  # the uploader's files, not this machine's
+        error.param = None if error.param is None else error.param.replace(f"{place}/", "")
+        raise
+
+
+def _shares(text: str | None) -> dict[str, float]:
+    if not text:
+        return {}
+    try:
+        return msgspec.json.decode(text, type=dict[str, float])
+    except msgspec.DecodeError as error:
+        raise UnsupportedFieldError(f"'shares': expected such as {{\"test\": 0.2}}: {error}", param="shares") from None
+
+
+def _refuse_bomb(path: Path, field: str) -> None:
+    """A small Parquet file may hold gigabytes: its own sums say so before it is read."""
+    if path.suffix != ".parquet":
+        return
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        return  # reading it will say what is missing
+    try:
+        found = parquet.ParquetFile(path).metadata
+        size = sum(found.row_group(i).total_byte_size for i in range(found.num_row_groups))
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{field}: not a readable Parquet file: {error}", param=field) from None
+    if size > max(MAX_DATASET, EXPLODES * path.stat().st_size):
+        raise DataError(f"{field}: holds {size} bytes when it is read, expected at most {MAX_DATASET}", param=field)
+
+
+# --- looking at one -----------------------------------------------------------------------------------------------
+
+
+def _first_rows(platform: Platform, dataset: Dataset, split: str, count: int) -> list[Json]:
+    path = platform.blobs.materialise(dataset.sha256) / dataset.splits[split].file
+    rows: list[Json] = []
+    for row in READERS[path.suffix](path):
+        if len(rows) == count:
+            break
+        if isinstance(row, Row):
+            rows.append(row.values)
+    return rows
+
+
+def _preview(platform: Platform, dataset: Dataset, recipe: JobRecipe) -> Json:
+    folder = find_model(platform.model)
+    tokenizer, context = Tokenizer(folder), load_spec(folder).max_context
+    with tempfile.TemporaryDirectory(prefix="preview-") as place:
+        splits = {}
+        for split in dataset.splits:
+            splits[split] = f"{split}.jsonl"
+            rows = _first_rows(platform, dataset, split, PREVIEW_READ)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (Path(place) / splits[split]).write_text(lines, "utf-8")
+        adapter = job_adapter(recipe, "preview", splits)
+        data, audit = prepare(adapter, tokenizer, context, Path(place))
+    findings = [("error", one) for one in audit.errors] + [("warning", one) for one in audit.warnings]
+    return {
+        "rows": [{"line": one.line, "pieces": _pieces(one, tokenizer)} for one in data.train[:PREVIEW_ROWS]],
+        "audit": [{"level": level, "message": said.replace(f"{place}/", "")} for level, said in findings],
+        "tokens": {
+            "train_rows": audit.train, "validation_rows": audit.validation, "test_rows": audit.test,
+            "tokens": audit.tokens, "learned_tokens": audit.learned_tokens, "limit": audit.limit,
+            "percentiles": {str(percent): count for percent, count in audit.lengths.items()},
+        },
+        "labels": audit.labels,
+        "rows_read": min(dataset.splits["train"].rows, PREVIEW_READ),
+        "rows_all": dataset.splits["train"].rows,
+        "steps": _steps(adapter, dataset, audit.validation if "validation" not in dataset.splits else 0, audit.rows),
+    }  # fmt: skip
+
+
+def _steps(adapter: AdapterRecipe, dataset: Dataset, held_out: int, read: int) -> int:
+    """How many a training of all rows takes, about."""
+    assert adapter.batch_rows is not None and adapter.epochs is not None
+    rows = dataset.splits["train"].rows * (1 - held_out / max(read, 1))
+    return max(1, round(adapter.epochs * -(-rows // adapter.batch_rows)))
+
+
+def _pieces(example: Example, tokenizer: Tokenizer) -> list[Json]:
+    """The tokens of a row, one by one with their texts, and which of them are learned."""
+    learned = {i for start, stop in example.learned for i in range(start, stop)}
+    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in example.tokens]
+    return [{"text": text, "learned": i in learned} for i, text in enumerate(texts)]
