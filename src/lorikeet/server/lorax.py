@@ -70,7 +70,7 @@ class MergedAdapters(Body):
 
 class Parameters(Body):
     adapter_id: str | None = None
-    adapter_source: Annotated[Any, supported("local", "", *SOURCES)] = None
+    adapter_source: Annotated[Any, supported("local", "", "pbase", *SOURCES)] = None
     merged_adapters: MergedAdapters | None = None
     api_token: ApiToken = None
     best_of: OneOnly = None
