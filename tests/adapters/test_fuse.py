@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.adapters.resized import make_resized, save_tokenizer
 from tests.adapters.test_kinds import KINDS, UNTIED, make, write_loreft
 from tests.fixtures import AdapterShape, make_adapter, make_checkpoint, oracle, sample_tokens
 
@@ -27,6 +28,7 @@ from lorikeet.adapters.stored import Tensor
 from lorikeet.errors import AdapterError, ConfigError, LockMismatchError, ModelError
 from lorikeet.model.families import load_spec, read_json
 from lorikeet.model.sources import checkpoint_files
+from lorikeet.model.tokenizer import Tokenizer
 from lorikeet.types import BaseIdentity
 
 IDENTITY = BaseIdentity(name="tiny", sha256="b" * 64, tokenizer_sha256="c" * 64, stop_ids=(1,))
@@ -193,6 +195,29 @@ def test_a_chat_template_comes_along(
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(tmp_path / "fused").chat_template == "{{ messages }}!"
+
+
+def test_a_tokenizer_comes_along(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, adapter = tmp_path / "base", Path(shutil.copytree(adapters("llama", 1)[0], tmp_path / "adapter"))
+    shutil.copytree(checkpoint("llama"), base)
+    (base / "chat_template.jinja").write_text("the base's")
+    save_tokenizer(base, adapter, ["<tool>"])
+    (adapter / "chat_template.jinja").unlink()
+    config = json.loads((adapter / "tokenizer_config.json").read_text()) | {"chat_template": "{{ messages }}!"}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(config))
+    (adapter / "generation_config.json").write_text('{"eos_token_id": 7}')
+    fuse(model(base), adapter, tmp_path / "fused")
+    served, fused = Tokenizer(adapter, Tokenizer(base)), Tokenizer(tmp_path / "fused")
+    assert fused.encode("<tool>") == [320] and fused.same_as(served) and 7 in fused.stop_ids
+
+
+def test_an_adapter_of_another_vocabulary_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = make_resized(checkpoint("llama"), tmp_path / "adapter", 323, modules_to_save=["embed_tokens", "lm_head"])
+    with pytest.raises(AdapterError, match="adapter: its embedding and head have not as many rows as the base's, 320"):
+        fuse(model(checkpoint("llama")), adapter, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
 
 
 def test_an_adapter_of_another_base_is_refused(

@@ -188,8 +188,12 @@ def test_a_tokenizer_that_the_tables_have_no_rows_for(llm: Any, checkpoint: Any,
     folder = save_tokenizer(base, fixtures.make_adapter(base, tmp_path / "plain"), ADDED)
     with pytest.raises(AdapterError, match=r"plain: 'zebra' of its tokenizer has the id 322, but .* have 320 rows"):
         llm.generate(["hi"], str(folder))
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
+    save_tokenizer(base, folder, pad_token="[PAD]")  # as many do who train without resizing: no text has it
+    assert llm.generate(["hi"], str(folder), SamplingParams(max_tokens=1))[0].tokens
+    with pytest.raises(InvalidRequestError, match="found token id 320"):
+        llm.generate(["hi [PAD]"], str(folder))
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 400]}')
     with pytest.raises(AdapterError, match="eos_token_id: expected ids below 320, found 400"):
         llm.generate(["hi"], str(folder))

@@ -16,7 +16,7 @@ from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig
 from lorikeet.adapters.files import AdapterFile, Array
 from lorikeet.adapters.foreign import check_not_reordered
 from lorikeet.adapters.normal import Entry, compile_entries
-from lorikeet.adapters.overrides import Override, compile_overrides
+from lorikeet.adapters.overrides import Override, compile_overrides, with_own_vocabulary
 from lorikeet.adapters.stored import Tensor, Values
 from lorikeet.errors import AdapterError
 from lorikeet.model.names import EMBED, FINAL_NORM, HEAD, NORMS, checkpoint_shapes, layer_module, module_of
@@ -84,6 +84,12 @@ def changes_of(adapter: str, file: AdapterFile, spec: ModelSpec, tensors: Mappin
             f"{adapter}: {CONFIG}: peft_type: 'LOREFT' changes what layers give at some tokens",
             hint="weights act everywhere; serve it as an adapter",
             param="peft_type",
+        )
+    if isinstance(config, LoraConfig) and with_own_vocabulary(config, file.shapes, spec) is not spec:
+        raise AdapterError(
+            f"{adapter}: its embedding and head have not as many rows as the base's, {spec.vocab_size}",
+            hint="fusing keeps the base's shapes; serve it as an adapter, or merge it with peft's merge_and_unload",
+            param="vocab_size",
         )
     check_not_reordered(file.folder / CONFIG, file.shapes, spec.family)
     loaded, _ = file.load()

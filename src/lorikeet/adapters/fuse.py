@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lorikeet.adapters.changes import Change, changes_of
 from lorikeet.adapters.compiled import bfloat16_bits
-from lorikeet.adapters.files import AdapterFile, Lock, check_lock, read_lock
+from lorikeet.adapters.files import TOKENIZER_FILES, AdapterFile, Lock, check_lock, read_lock
 from lorikeet.adapters.safefile import DTYPE_BYTES, SafeFile
 from lorikeet.adapters.stored import FLOATS, Tensor, Values, open_tensors
 from lorikeet.errors import AdapterError, ConfigError, LockMismatchError, ModelError
@@ -70,8 +70,8 @@ def fuse(
 ) -> Lock | None:
     """Write `base` with the PEFT directory `adapter` put in as the checkpoint `output`; the adapter's lock.
 
-    Config, tokenizer and generation config are the base's; an adapter that was trained with a chat template of its own
-    brings it along. The folder appears whole or not at all. `report` hears of (bytes written, bytes in all).
+    Config, tokenizer and generation config are the base's; an adapter that has a tokenizer, a chat template or stop ids
+    of its own brings them along. The folder appears whole or not at all. `report` hears of (bytes written, in all).
 
     Raises ConfigError where `output` is in the way, AdapterError for an adapter that does not fit or cannot be held by
     plain weights, LockMismatchError for one of another base, ModelError for a base that cannot be read or whose
@@ -99,7 +99,8 @@ def fuse(
                 changes = changes_of(adapter.name, file, base.spec, tensors)
             writer = _Writer(tensors, None if dtype is None else FLOATS[dtype], report)
             _write_weights(base, tensors, changes, fresh, writer)
-        _write_rest(base, fresh, lock, dtype)
+        _write_rest(base, fresh, dtype)
+        _write_tokenizer(adapter, lock, fresh)
         _appear(fresh, output)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -230,7 +231,7 @@ def _rounded(name: str, values: Values, dtype: str) -> memoryview:
 # --- everything else ----------------------------------------------------------------------------------------------
 
 
-def _write_rest(base: BaseModel, target: Path, lock: Lock | None, dtype: Dtype | None) -> None:
+def _write_rest(base: BaseModel, target: Path, dtype: Dtype | None) -> None:
     for path in sorted(base.folder.iterdir()):
         if path.name.startswith(".") or path.name.endswith(_OTHER_WEIGHTS):
             continue
@@ -244,5 +245,31 @@ def _write_rest(base: BaseModel, target: Path, lock: Lock | None, dtype: Dtype |
         config["torch_dtype"] = dtype  # the older name of the same field, which every reader knows
     if config != base.config:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _write_tokenizer(adapter: Path, lock: Lock | None, target: Path) -> None:
+    """What the adapter's requests are rendered and tokenised with when it is served, and where its answers end."""
+    template, generation = target / "chat_template.jinja", "generation_config.json"
+    if (adapter / "tokenizer_config.json").exists() and "chat_template" in _json(adapter / "tokenizer_config.json"):
+        template.unlink(missing_ok=True)  # it would go before the one in the config
+    for name in TOKENIZER_FILES:
+        if (adapter / name).exists() and name != generation:
+            shutil.copyfile(adapter / name, target / name)
     if lock is not None and lock.template is not None and lock.template.kind == "chat":
-        (target / "chat_template.jinja").write_text(lock.template.text, "utf-8")
+        template.write_text(lock.template.text, "utf-8")
+    if (adapter / generation).exists():
+        both = [_json(folder / generation) for folder in (target, adapter) if (folder / generation).exists()]
+        ends = [one.get("eos_token_id") or [] for one in both]
+        ids = {end for listed in ends for end in (listed if isinstance(listed, list) else [listed])}
+        text = json.dumps(both[0] | {"eos_token_id": sorted(ids)}, indent=2)
+        (target / generation).write_text(text + "\n", "utf-8")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path.name}: cannot be read as JSON: {error}", hint=f"the file is {path}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path.name}: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -144,8 +144,10 @@ class Tokenizer:
 
     @cached_property
     def largest_id(self) -> int:
-        """The largest token id, -1 where there is none."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        """The largest token id, -1 where there is none. A padding token does not count: texts do not have it."""
+        ids = self._backend.get_vocab(with_added_tokens=True)
+        ids.pop(self.special_tokens.get("pad_token"), None)
+        return max(ids.values(), default=-1)
 
     @cached_property
     def sha256(self) -> str:
