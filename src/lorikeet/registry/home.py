@@ -74,10 +74,16 @@ class Home:
             idempotency_key=idempotency_key,
         )  # fmt: skip
 
-    def read_adapter(self, folder: Path, *, source: str | None = None, report: Report | None = None) -> VersionContent:
-        """Check a PEFT folder and put its files: what a version is filled with. Raises `AdapterError`."""
-        with AdapterFile(folder) as file:
-            digest = file.load()[1]
+    def read_adapter(
+        self, folder: Path, *, digest: str | None = None, source: str | None = None, report: Report | None = None
+    ) -> VersionContent:
+        """Check a PEFT folder and put its files: what a version is filled with. Raises `AdapterError`.
+
+        With `digest` (its content hash) whoever calls has checked the tensors already.
+        """
+        if digest is None:
+            with AdapterFile(folder) as file:
+                digest = file.load()[1]
         lock = read_lock(folder)
         names = [name for name in TAKEN if (folder / name).is_file()]
         manifest = self.blobs.put_folder(folder, names, report=report)

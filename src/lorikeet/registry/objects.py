@@ -97,7 +97,10 @@ class RemoteObjects:
             return None
 
     def land(self, staged: Path, sha256: str) -> None:
-        self._call(lambda: self._fs.put_file(str(staged), self._path(sha256)))
+        try:
+            self._call(lambda: self._fs.put_file(str(staged), self._path(sha256)))
+        except FileNotFoundError as error:
+            raise SourceError(f"{self._url}: {error}", hint="make the bucket first") from error
         size, found = staged.stat().st_size, self.size(sha256)
         if found != size:
             raise SourceError(f"{self._url}: {sha256} has {found} bytes after its upload, expected {size}")
