@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 RANKS: dict[Role, int] = {"user": 0, "trainer": 1, "admin": 2}
 LOOK_SECONDS = 1.0  # how soon a server without keys notices the first one, made by another process
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -204,7 +206,8 @@ class Access:
     def _check_page(self, connection: HTTPConnection) -> None:
         """Against sites that drive a browser at this server: by a name that resolves to it, or by a form or script."""
         host = connection.headers.get("host", "")
-        name = (_split(host).hostname or "").rstrip(".")
+        found = _HOST.fullmatch(host.lower())
+        name = "" if found is None else found[1].rstrip(".")
         known = (self._config.host.lower(), *map(str.lower, self._config.allowed_hosts))
         if not (is_loopback(name) or name.endswith(".localhost") or name in known):
             raise ForeignPageError(
@@ -244,13 +247,6 @@ def _any_key(catalog: Catalog) -> bool:
 def _bearer(connection: HTTPConnection) -> str | None:
     kind, _, given = connection.headers.get("authorization", "").partition(" ")
     return given.strip() or None if kind.lower() == "bearer" else None
-
-
-def _split(host: str) -> Any:
-    try:
-        return urlsplit(f"//{host}")
-    except ValueError:
-        return urlsplit("")
 
 
 def _checked_origin(origin: str) -> str:
