@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 from lorikeet.types import ErrorInfo
 
 
@@ -154,7 +157,7 @@ class SourceError(LorikeetError):
 
 
 class DiskFullError(LorikeetError):
-    """There is no room for a download."""
+    """There is no room for a download, or for a compiled adapter."""
 
     code = "disk_full"
     status = 507
@@ -177,9 +180,22 @@ class UnavailableError(LorikeetError):
     retryable = True
 
 
+class AdapterLostError(UnavailableError):
+    """The compiled file of an adapter is gone or damaged: the adapter has to be compiled again."""
+
+    code = "adapter_lost"
+
+
 class DeadlineError(LorikeetError):
     """The request's own deadline passed."""
 
     code = "deadline_exceeded"
     status = 504
     retryable = True
+
+
+def disk_error(error: OSError, folder: Path) -> DiskFullError | UnavailableError:
+    """What a failed write below `folder` means to whoever asked for it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"the disk of {folder} is full", hint="free some space, or set LORIKEET_CACHE elsewhere")
+    return UnavailableError(f"{folder} cannot be written: {error.strerror or error}", hint="look at its permissions")

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from lorikeet import kernels
 from lorikeet.errors import (
     AdapterInUseError,
+    AdapterLostError,
     InvalidRequestError,
-    NotFoundError,
     OverloadedError,
     UnsupportedFieldError,
 )
@@ -254,8 +254,8 @@ def test_an_unreadable_adapter_fails_its_own_requests(world: Any) -> None:
     world.adapters[bad.path] = world.adapters[good.digest]  # another adapter's file in its place
     answers = world.run(engine, [world.request("g", [5, 6], good.digest), world.request("b", [5, 6], bad.digest)])
     assert answers["g"].tokens == world.greedy([5, 6], 12, good.digest)
-    assert answers["b"].finish == "error" and answers["b"].events[-1].error.code == "invalid_adapter"
-    with pytest.raises(NotFoundError):
+    assert answers["b"].finish == "error" and answers["b"].events[-1].error.code == "adapter_lost"
+    with pytest.raises(AdapterLostError):
         engine.add(world.request("again", [5, 6], bad.digest))
     world.adapters[bad.digest] = broken
     engine.register(bad)
@@ -337,7 +337,7 @@ def test_bad_requests_are_refused(world: Any) -> None:
         engine.add(world.request("a", []))
     with pytest.raises(InvalidRequestError, match="61"):
         engine.add(world.request("a", [1, 61]))
-    with pytest.raises(NotFoundError, match="feed"):
+    with pytest.raises(AdapterLostError, match="feed"):
         engine.add(world.request("a", [1], "feed"))
     with pytest.raises(UnsupportedFieldError, match="embed"):
         engine.add(Request(request_id="a", tokens=[1], task="embed"))
@@ -442,5 +442,5 @@ def test_loading_by_hand_leaves_what_is_waited_for(world: Any) -> None:
     engine.add(world.request("waits", world.prompt(2, 8), wanted.digest))
     with pytest.raises(AdapterInUseError, match="leave no room"):
         engine.manage("load", other.digest)
-    with pytest.raises(NotFoundError):
+    with pytest.raises(AdapterLostError):
         engine.manage("pin", "unknown")

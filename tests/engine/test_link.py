@@ -92,7 +92,7 @@ def test_a_request_that_cannot_be_taken_ends_with_its_error() -> None:
             (full,) = await generate(client, request("c"))
             assert full.error is not None and (full.error.status, full.error.retry_after) == (429, 2.0)
             for stream in waiting:
-                client.cancel(stream.request_id)
+                client.cancel(stream.request.request_id)
                 assert (await collect(stream))[-1].finish == "cancelled"
             assert (await generate(client, request("c2")))[-1].finish == "length"
 

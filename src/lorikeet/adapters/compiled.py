@@ -12,6 +12,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +28,7 @@ from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, check_lock, rea
 from lorikeet.adapters.foreign import check_not_reordered
 from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
 from lorikeet.adapters.overrides import Override, compile_overrides, with_own_vocabulary
-from lorikeet.errors import AdapterError
+from lorikeet.errors import AdapterError, disk_error
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, BaseIdentity
 
@@ -119,7 +120,7 @@ def compile_adapter(
     """Read, check, hash and compile the PEFT directory `folder` for one base; an existing file is used again.
 
     `checkpoint` are the base's safetensors files, read only for kinds that depend on them. The file appears whole or
-    not at all. Raises AdapterError (422) or LockMismatchError (409).
+    not at all. Raises AdapterError (422), LockMismatchError (409), or DiskFullError (507).
     """
     lock = read_lock(folder)
     if lock is not None and not allow_lock_mismatch:
@@ -255,14 +256,19 @@ def open_compiled(path: Path) -> CompiledAdapter:
 def _write(path: Path, header: CompiledHeader, data: NDArray[Any]) -> None:
     encoded = msgspec.msgpack.encode(header)
     prefix = MAGIC + struct.pack("<Q", len(encoded)) + encoded
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with fresh.open("wb") as file:
-        file.write(prefix.ljust(_aligned(len(prefix)), b"\0"))
-        file.write(data.data)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fresh.open("wb") as file:
+            file.write(prefix.ljust(_aligned(len(prefix)), b"\0"))
+            file.write(data.data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink()
+        raise disk_error(error, path.parent) from error
 
 
 def _aligned(offset: int) -> int:

@@ -25,7 +25,7 @@ from typing import IO, NoReturn, Protocol
 from lorikeet.adapters.files import WEIGHTS
 from lorikeet.adapters.transport import Deadline, TransientError
 from lorikeet.config import SourceConfig
-from lorikeet.errors import AdapterError, DeadlineError, DiskFullError, SourceError
+from lorikeet.errors import AdapterError, DeadlineError, DiskFullError, SourceError, disk_error
 
 log = logging.getLogger("lorikeet.download")
 
@@ -132,7 +132,7 @@ class Store:
                 before += one.size
             folder = self._land(blobs)
         except OSError as error:
-            raise _disk_error(error, self.folder) from error
+            raise disk_error(error, self.folder) from error
         self.trim()
         return folder
 
@@ -336,7 +336,7 @@ class Download:
     def _give_up(self, error: OSError) -> NoReturn:
         """The disk takes no more: leave it what was written."""
         self.path.unlink(missing_ok=True)
-        raise _disk_error(error, self.path.parent) from error
+        raise disk_error(error, self.path.parent) from error
 
     def _look_at_header(self) -> None:
         """A safetensors file whose header cannot be is refused before the rest of it is fetched."""
@@ -418,9 +418,3 @@ def _write_whole(path: Path, text: str) -> None:
 
 def _too_late(what: str) -> DeadlineError:
     return DeadlineError(f"the adapter was not here in time: {what}", hint="try again; what has come is kept")
-
-
-def _disk_error(error: OSError, folder: Path) -> DiskFullError | SourceError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(f"the disk of {folder} is full", hint="free some space, or set LORIKEET_CACHE elsewhere")
-    return SourceError(f"{folder} cannot be written: {error.strerror or error}")

@@ -34,7 +34,7 @@ from lorikeet.types import BaseIdentity
 WEIGHTS, LOCK = "adapter_model.safetensors", "lorikeet.json"
 # What an adapter's folder may hold of a tokenizer of its own (`model.tokenizer.Tokenizers`).
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
-Signature = tuple[tuple[str, int, int], ...]  # (file name, mtime in ns, size) of what makes an adapter
+Signature = tuple[tuple[str, int, int, int], ...]  # (file name, inode, mtime in ns, size) of what makes an adapter
 # What a stored tensor is of its module. A and B: LoRA. `rows`: trained rows of an embedding or a head. `weight`: the
 # module's own. `original`: that of the base below what was trained. `shared` parts belong to the adapter as a whole.
 Part = Literal[
@@ -110,11 +110,9 @@ class AdapterFile:
                 raise AdapterError(f"{WEIGHTS}: {name}: expected {' or '.join(_FLOATS)}, found {entry.dtype}")
             if key[1] in ("A", "B") and len(entry.shape) != 2:
                 raise AdapterError(f"{WEIGHTS}: {name}: expected two dimensions, found {list(entry.shape)}")
-            if key in entries and key[1] == "weight":  # under both of PEFT's names where the vocabulary was resized
+            if key in entries:  # PEFT writes some under two names where it saves embedding and head beside a pair
                 self._copies.append((key, entry))
                 continue
-            if key in entries:
-                raise AdapterError(f"{WEIGHTS}: {name}: the tensor is there with and without prefix or `.default`")
             entries[key] = entry
         if not entries:
             raise AdapterError(f"{WEIGHTS}: no tensors")
@@ -201,7 +199,7 @@ def signature_of(folder: Path) -> Signature | None:
             if name == CONFIG:
                 return None
             continue
-        parts.append((name, stat.st_mtime_ns, stat.st_size))
+        parts.append((name, stat.st_ino, stat.st_mtime_ns, stat.st_size))
     return tuple(parts)
 
 

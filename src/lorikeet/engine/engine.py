@@ -32,7 +32,7 @@ from lorikeet.engine.runner import Runner
 from lorikeet.engine.scheduler import Scheduler
 from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes, choose_weights
 from lorikeet.engine.slab import AdapterSlab
-from lorikeet.errors import AdapterInUseError, InvalidRequestError, NotFoundError
+from lorikeet.errors import AdapterInUseError, AdapterLostError, InvalidRequestError
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model import sources
 from lorikeet.model import weights as model_weights
@@ -130,10 +130,10 @@ class Engine:
 
     def manage(self, action: AdapterAction, digest: str) -> None:
         """`load` brings a known adapter into the slab with the next steps, `pin` also keeps it there, `unpin` lets it
-        go when others need the room, `unload` takes it out. Raises NotFoundError or AdapterInUseError."""
+        go when others need the room, `unload` takes it out. Raises AdapterLostError or AdapterInUseError."""
         residency = self._residency
         if not residency.knows(digest):
-            raise NotFoundError(f"adapter: no adapter with digest {digest!r} is registered", param="adapter")
+            raise _not_known(digest)
         if action == "unload":
             self._scheduler.unload(digest)
         elif action == "unpin":
@@ -153,7 +153,7 @@ class Engine:
         """
         sampling = effective_sampling(request)
         if request.adapter is not None and not self._residency.knows(request.adapter):
-            raise NotFoundError(f"adapter: no adapter with digest {request.adapter!r} is registered", param="adapter")
+            raise _not_known(request.adapter)
         adapter = None if request.adapter is None else self._residency.info(request.adapter)
         vocab_size = (adapter and adapter.vocab_size) or self.spec.vocab_size
         check_sampling(sampling, vocab_size)
@@ -222,6 +222,11 @@ class Engine:
                 f"choices: the longest has {longest} tokens, the context has {self.max_context - prompt} left",
                 param="choices",
             )
+
+
+def _not_known(digest: str) -> AdapterLostError:
+    message = f"adapter: no adapter with digest {digest!r} is registered"
+    return AdapterLostError(message, hint="register it, or register it again if it failed", param="adapter")
 
 
 def _where(tokens: list[int], info: AdapterInfo) -> tuple[Stretch, Stretch]:

@@ -44,13 +44,13 @@ from lorikeet.engine.wire import (
     decode_from_engine,
     encode,
 )
-from lorikeet.errors import LorikeetError, UnavailableError
+from lorikeet.errors import AdapterLostError, LorikeetError, UnavailableError
 from lorikeet.types import AdapterAction, AdapterInfo, EngineStats, ErrorInfo, Event, MergeSpec, Request
 
 __all__ = ["EngineClient", "EngineInfo", "EventStream"]
 
 log = logging.getLogger("lorikeet.link")
-ResolveKey = str | tuple[MergeSpec, tuple[str, ...]]  # a folder, or a merge of folders and their contents
+ResolveKey = tuple[str | MergeSpec, object]  # a folder and its version, or a merge of folders and their contents
 
 RETRY_AFTER = 3.0  # seconds a client is told to wait for a restarted engine
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0  # seconds before a restart, doubled after each engine that did not live long
@@ -59,11 +59,16 @@ LAST_MESSAGES = 50  # milliseconds to wait for messages that a dead engine had s
 
 
 class EventStream(AsyncIterator[Event]):
-    """The events of one accepted request: any number, then exactly one with `finish`, then the end."""
+    """The events of one accepted request: any number, then exactly one with `finish`, then the end.
 
-    def __init__(self, client: EngineClient, request_id: str) -> None:
-        self.request_id = request_id
+    Where the compiled file of its adapter is gone when the engine comes to it, the adapter in `folder` is compiled
+    again and the request begins anew, once.
+    """
+
+    def __init__(self, client: EngineClient, request: Request, folder: Path | None = None) -> None:
+        self.request = request
         self._client = client
+        self._folder = folder
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._ended = False  # the final event was handed out
         self._closed = False  # nobody reads on
@@ -76,15 +81,24 @@ class EventStream(AsyncIterator[Event]):
         if self._ended:
             raise StopAsyncIteration
         event = await self._queue.get()
+        if event.error is not None and event.error.code == AdapterLostError.code and await self._begin_again():
+            event = await self._queue.get()
         self._ended = event.finish is not None
         return event
+
+    async def _begin_again(self) -> bool:
+        if self._folder is None or (await self._client.resolve(self._folder)).digest != self.request.adapter:
+            return False
+        self._folder = None
+        self._client.send(self)
+        return True
 
     def close(self) -> None:
         """The reader goes away. Cancels the request in the engine unless it has ended already."""
         if not self._closed:
             self._closed = True
             if not self._ended:
-                self._client.cancel(self.request_id)
+                self._client.cancel(self.request.request_id)
 
 
 class EngineClient:
@@ -179,27 +193,34 @@ class EngineClient:
 
     # --- requests -----------------------------------------------------------------------------------------------
 
-    async def submit(self, request: Request) -> EventStream:
-        """Hand a request to the engine. Raises `UnavailableError` while there is none or it is draining."""
+    async def submit(self, request: Request, folder: Path | None = None) -> EventStream:
+        """Hand a request to the engine; `folder` holds the files of its adapter. Raises `UnavailableError` while there
+        is none or it is draining."""
         self._require_engine()
         if request.request_id in self._streams:
             raise LorikeetError(f"request id {request.request_id!r} is in flight already")
-        stream = self._streams[request.request_id] = EventStream(self, request.request_id)
-        self._idle.clear()
-        self._send(Submit(request))
+        stream = EventStream(self, request, folder)
+        self.send(stream)
         return stream
+
+    def send(self, stream: EventStream) -> None:
+        """Hand a stream's request to the engine, at its begin or anew."""
+        self._streams[stream.request.request_id] = stream
+        self._idle.clear()
+        self._send(Submit(stream.request))
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; its final event says `cancelled`. One that has ended is left alone."""
         if request_id in self._streams:
             self._send(Cancel(request_id))
 
-    async def resolve(self, folder: Path) -> AdapterInfo:
+    async def resolve(self, folder: Path, version: object = None) -> AdapterInfo:
         """Validate and compile the adapter in `folder` and make it known to the engine.
 
-        Concurrent calls for one folder share one job. Raises what the loader found wrong with the files.
+        Concurrent calls for one version of a folder share one job: what is there now need not be what a job that runs
+        already has read. Raises what the loader found wrong with the files.
         """
-        return await self._resolve(str(folder), lambda job: Resolve(job, str(folder)))
+        return await self._resolve((str(folder), version), lambda job: Resolve(job, str(folder)))
 
     async def merge(self, spec: MergeSpec, digests: tuple[str, ...]) -> AdapterInfo:
         """The same for what becomes of several adapters: `spec.adapters` are their folders, `digests` their contents.
@@ -229,7 +250,12 @@ class EngineClient:
         self._require_engine()
         job, future = self._new_job()
         self._send(Manage(job, action, digest))
-        await future
+        try:
+            await future
+        except LorikeetError as error:
+            if error.code == AdapterLostError.code:
+                self._held.pop(digest, None)
+            raise
         if action == "pin":
             self._pinned.add(digest)
         elif action == "unpin":
@@ -377,6 +403,8 @@ class EngineClient:
             del self._streams[event.request_id]
             if not self._streams:
                 self._idle.set()
+        if event.error is not None and event.error.code == AdapterLostError.code:
+            self._held.pop(str(stream.request.adapter), None)
         stream.put(event)
 
     def _fail_everything(self, reason: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, CompiledHeader, open_compiled
 from lorikeet.engine.residency import AdapterMove, Instruction
-from lorikeet.errors import AdapterError, LorikeetError
+from lorikeet.errors import AdapterError, AdapterLostError, LorikeetError
 from lorikeet.kernels.batch import Slab, SlabOverride
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import ROLES, AdapterCopy, ErrorInfo
@@ -49,10 +49,9 @@ class AdapterSlab:
             if isinstance(instruction, AdapterCopy):
                 try:
                     self._copy(instruction)
-                except LorikeetError as error:
-                    failed[instruction.digest] = error.info()
-                except OSError as error:
-                    failed[instruction.digest] = AdapterError(f"{instruction.path}: {error}").info()
+                except (LorikeetError, OSError) as error:
+                    said = f"the compiled adapter {instruction.digest[:12]} cannot be read: {error}"
+                    failed[instruction.digest] = AdapterLostError(said, hint="try again", param="adapter").info()
             elif isinstance(instruction, AdapterMove):
                 self._move(instruction)
             else:

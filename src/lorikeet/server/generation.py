@@ -130,7 +130,7 @@ async def generate(engine: EngineClient, metrics: Metrics, job: Job) -> AsyncGen
             request_id=job.request_id, tokens=job.tokens, sampling=job.sampling, adapter=job.model.digest,
             tenant=job.caller.tenant, priority=job.priority, deadline=job.deadline,
         )  # fmt: skip
-        stream = await engine.submit(request)
+        stream = await engine.submit(request, job.model.folder)
         try:
             async for event in stream:
                 watch.tokens(len(event.tokens))

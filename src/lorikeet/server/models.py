@@ -21,6 +21,7 @@ from lorikeet.template import Template
 from lorikeet.types import AdapterInfo, MergeSpec
 
 LONG_TEXT = 20_000  # characters from which on tokenising goes to a thread, so that it holds nobody up
+ATTEMPTS = 3  # to read files that are replaced meanwhile
 MERGES = 1024  # merged adapters that are remembered by what they are made of
 
 
@@ -223,17 +224,36 @@ class Models:
     async def _resolve(self, found: AdapterFolder, known: _Known) -> ServedModel:
         if known.model is not None and known.model.adapter is not None and self._engine.holds(known.model.adapter):
             return known.model
+        for _ in range(ATTEMPTS):
+            before = await asyncio.to_thread(signature_of, found.folder)
+            model, error = await self._read(found, before)
+            if before is not None and before == await asyncio.to_thread(signature_of, found.folder):
+                break
+        else:
+            raise UnavailableError(
+                f"the files of {found.name!r} were replaced while they were read",
+                hint="try again; write a new folder and rename it into place",
+                retry_after=1.0,
+            )
+        if before == found.signature or self.registry is not None:  # else it is something newer, to be known as such
+            known.model = model
+            known.error = None if error is None or error.retryable or error.status >= 500 else error
+        if error is not None:
+            raise error
+        assert model is not None
+        return model
+
+    async def _read(
+        self, found: AdapterFolder, signature: Signature | None
+    ) -> tuple[ServedModel | None, LorikeetError | None]:
+        """The adapter in a folder whose files have this signature, or what is wrong with it."""
         try:
-            adapter = await self._engine.resolve(found.folder)
+            adapter = await self._engine.resolve(found.folder, signature)
             tokenizer = await self._tokenizer(found.folder, adapter)
             stop_ids = tuple(sorted(set(tokenizer.stop_ids) - set(self.base.tokenizer.stop_ids)))
-            known.model = replace(self.describe(found), adapter=adapter, tokenizer=tokenizer, stop_ids=stop_ids)
+            return replace(self.describe(found), adapter=adapter, tokenizer=tokenizer, stop_ids=stop_ids), None
         except LorikeetError as error:
-            replaced = await asyncio.to_thread(signature_of, found.folder) != found.signature
-            if not error.retryable and error.status < 500 and not replaced:
-                known.error = error  # of these files; what was found while they were replaced says nothing of them
-            raise
-        return known.model
+            return None, error
 
     async def _tokenizer(self, folder: Path, adapter: AdapterInfo) -> Tokenizer:
         """The one in the adapter's folder, the base's where that has none. In a thread: a large one takes a second."""
