@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.fixtures import make_tokenizer
+from tests.server.guarded import Guarded, guarded_platform
 from tests.server.hosting import Hosted, hosted, own_cache
 
 
@@ -48,3 +49,16 @@ def scripted(bare_model: Path, tmp_path: Path) -> Iterator[Hosted]:
 def own_cache_folder(tmp_path: Path) -> Iterator[None]:
     with own_cache(tmp_path / "cache"):
         yield
+
+
+@pytest.fixture(scope="session")
+def guarded(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guarded]:
+    """A platform with keys and two tenants, over a scripted engine; see `Guarded`."""
+    place = tmp_path_factory.mktemp("guarded")
+    with (
+        own_cache(place / "cache"),
+        guarded_platform(checkpoint("llama"), adapters("llama", 1)[0], place / "home") as found,
+    ):
+        yield found

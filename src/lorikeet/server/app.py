@@ -12,7 +12,7 @@ from starlette.websockets import WebSocketState
 
 from lorikeet import __version__
 from lorikeet.errors import LorikeetError
-from lorikeet.server import datasets, demo, jobs, keys, lorax, manage, openai, pages, serving
+from lorikeet.server import datasets, demo, jobs, keys, leaderboard, lorax, manage, openai, pages, repositories, serving
 from lorikeet.server.auth import Access, needs, public
 from lorikeet.server.predibase import routes as predibase
 from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
@@ -42,9 +42,11 @@ def create_app(state: ServerState) -> FastAPI:
     app.include_router(manage.routes(state))
     if platform is not None:
         app.include_router(keys.routes(state, platform))
+        app.include_router(repositories.routes(state, platform))
         app.include_router(datasets.routes(state, platform))
         app.include_router(jobs.routes(state, platform))
         app.include_router(demo.routes(platform))
+        app.include_router(leaderboard.routes(state, platform))
         app.include_router(serving.routes(state))
         pages.add_pages(app)
         app.include_router(predibase.routes(state, platform))
@@ -143,6 +145,7 @@ def _add_errors(app: FastAPI, state: ServerState) -> None:
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
-        log.exception("%s %r failed", request.method, request.url.path, exc_info=error)
+        where = getattr(request.scope.get("route"), "path", "?")  # not the path itself, which may hold a token
+        log.exception("%s %s failed", request.method, where, exc_info=error)
         told = LorikeetError("the server failed to answer; its log has the details", hint="please report it")
         return reply(request, told)

@@ -19,6 +19,7 @@ from lorikeet.errors import ConflictError, ForbiddenError, InvalidRequestError
 from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, Usage
 from lorikeet.server.auth import RANKS, needs, principal
+from lorikeet.server.listing import Query, page_reply
 from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
 from lorikeet.server.state import ServerState
@@ -27,7 +28,6 @@ from lorikeet.server.validation import Body, parse, read_body, shown
 Json = dict[str, Any]
 RoleName = Literal["admin", "trainer", "user"]
 NO_STORE = {"cache-control": "no-store"}  # of answers that hold a key
-LISTED = 100  # entries of the audit log, where no limit is given
 
 
 class KeyBody(Body):
@@ -193,25 +193,26 @@ def _people(state: ServerState, platform: Platform) -> APIRouter:
     @needs("admin")
     async def audit(request: Request) -> Response:
         """Changes, newest first: `?subject_id=`, `?action=` such as `key.create`, `?after=` a page's `next`."""
-        who = await _manager(request, platform)
-        asked = request.query_params
+        known = ("subject_id", "action", "after", "limit")
+        who = await _manager(request, platform, *known)
+        asked = Query(request, "tenant", *known)
         page = await platform.run(
-            catalog.audit.page, who, subject_id=asked.get("subject_id"), action=asked.get("action"),
-            before=_number(asked.get("after"), "after"), limit=_number(asked.get("limit"), "limit") or LISTED,
+            catalog.audit.page, who, subject_id=asked.text("subject_id"), action=asked.text("action"),
+            before=asked.number("after", 0) or None, limit=asked.limit,
         )  # fmt: skip
-        return json_reply(page)
+        return page_reply(page)
 
     return router
 
 
-async def _manager(request: Request, platform: Platform) -> Actor:
+async def _manager(request: Request, platform: Platform, *known: str) -> Actor:
     """On whose behalf people and keys are managed. Raises `ForbiddenError`, or `NotFoundError` for a tenant."""
     who = principal(request).actor
     if who.repositories is not None:
         raise ForbiddenError(
             "this key is confined to some repositories", hint="use an admin key without grants", code="confined_key"
         )
-    named = request.query_params.get("tenant")
+    named = Query(request, "tenant", *known).text("tenant")
     if named is None:
         return who
     if who.tenant != DEFAULT_TENANT:
@@ -240,11 +241,3 @@ def _described(catalog: Catalog, who: Actor, keys: Sequence[Key]) -> list[Json]:
 
 def _page(items: Sequence[Any]) -> Response:
     return json_reply({"items": items, "next": None})
-
-
-def _number(text: str | None, param: str) -> int | None:
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdecimal() or len(text) > 18:
-        raise InvalidRequestError(f"{param}: found {shown(text)}; expected a whole number", param=param)
-    return int(text)

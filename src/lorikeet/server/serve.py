@@ -110,8 +110,8 @@ async def serve(
     _handle_signals(stop, at_once)
     server = Server(
         uvicorn.Config(
-            create_app(state), log_level="warning", access_log=False, timeout_graceful_shutdown=GOODBYE_SECONDS,
-            lifespan="off", backlog=4096,
+            create_app(state), log_config=None, log_level="warning", access_log=False,
+            timeout_graceful_shutdown=GOODBYE_SECONDS, lifespan="off", backlog=4096,
         )
     )  # fmt: skip
     serving = asyncio.create_task(server.serve([listener]))
