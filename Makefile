@@ -32,6 +32,7 @@ bench: .venv/.dev
 
 .venv/.dev: .venv/.run
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	scripts/install_postgres.sh
 	touch $@
 
 clean:
