@@ -54,5 +54,6 @@ def page_reply(page: Page[Any], items: list[Any] | None = None) -> Response:
     return json_reply({"items": [plain(one) for one in page.items] if items is None else items, "next": page.next})
 
 
-def plain(record: Any) -> Any:
-    return msgspec.to_builtins(record)
+def plain(record: msgspec.Struct) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.to_builtins(record)
+    return found
