@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.adapters.resized import make_resized, theirs
+from tests.adapters.resized import COMMON, make_resized, resized, theirs
 from tests.fixtures import VOCABULARY, make_adapter, make_batch, make_slab, oracle, sample_tokens
 
 from lorikeet.adapters.compiled import compile_adapter, open_compiled
@@ -217,3 +219,84 @@ def test_a_checkpoint_of_a_resized_adapter_cannot_be_merged(checkpoint: Callable
     other = Path(shutil.copytree(folder, tmp_path / "two"))
     with pytest.raises(AdapterError, match=r"weight: only pairs on linear layers can be merged"):
         merge(MergeSpec(adapters=("one", "two"), weights=(1.0, 1.0)), [read_source(folder), read_source(other)])
+
+
+@st.composite
+def training(draw: st.DrawFn) -> tuple[int, bool | str, dict[str, Any]]:
+    """A number of tokens, how peft saves, and fields of the config."""
+    tokens = draw(st.sampled_from((FEWER, VOCABULARY, VOCABULARY + 1, MORE, VOCABULARY + 64)))
+    targets = draw(st.lists(st.sampled_from(("q_proj", *BOTH)), min_size=1, max_size=3, unique=True))
+    rows = st.lists(st.integers(6, tokens - 1), min_size=1, max_size=4, unique=True)
+    every = st.just([7, *range(VOCABULARY, tokens)])
+    options = {
+        "modules_to_save": st.lists(st.sampled_from(BOTH), min_size=1, max_size=2, unique=True),
+        "trainable_token_indices": st.one_of(
+            rows, every, st.fixed_dictionaries({"embed_tokens": every, "lm_head": st.one_of(every, rows)})
+        ),
+        "ensure_weight_tying": st.just(True),
+        "use_dora": st.just(True),
+    }
+    names = draw(st.lists(st.sampled_from(sorted(options)), max_size=2, unique=True))
+    return tokens, draw(st.sampled_from(("auto", "auto", True, False))), {
+        "target_modules": targets, **{name: draw(options[name]) for name in names}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_what_peft_writes_of_any_vocabulary_is_the_same_here_or_refused(
+    family: str, checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = checkpoint(family)
+    spec, weights = load(base, torch.float32)
+    outcomes: dict[str, int] = {"same": 0, "refused": 0}
+
+    @settings(
+        max_examples=40,
+        phases=[Phase.generate],
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(training(), st.integers(0, 99))
+    def check(trained: tuple[int, bool | str, dict[str, Any]], seed: int) -> None:
+        tokens, saves, fields = trained
+        targeted = [name for name in BOTH if name in fields["target_modules"]]
+        folder = tmp_path / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        row = sample_tokens(1, 24, seed)[0].clamp(max=FEWER - 1)
+        row[4], row[9] = tokens - 1, min(VOCABULARY, tokens - 1)
+        model = resized(base, tokens)
+        with torch.no_grad():
+            torch.manual_seed(seed)
+            try:
+                adapted = get_peft_model(model, LoraConfig(**{**COMMON, **fields})).eval()
+                adapted(row.unsqueeze(0))
+            except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError):
+                return  # peft does not take it either
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(0.2) if "lora" in name else parameter.add_(0.03 * torch.randn_like(parameter))
+            expected = adapted(row.unsqueeze(0)).logits[0].log_softmax(-1)
+            adapted.save_pretrained(str(folder), save_embedding_layers=saves)
+        try:
+            info = compiled(folder, base, cache)
+        except AdapterError as error:
+            assert error.status == 422 and error.param, error.message
+            # Everything is in the file where peft saved tables by itself, or none have more rows than the base's.
+            complete = tokens <= VOCABULARY or (saves != False and not targeted)  # noqa: E712 (it may be a text)
+            assert not complete or "DoRA of the embedding" in error.message, error.message
+            outcomes["refused"] += 1
+            return
+        known = info.vocab_size or VOCABULARY
+        if known < tokens:  # nothing in the file says that there were more
+            assert not saves
+            return
+        with torch.no_grad():
+            logits = forward(spec, weights, make_batch([row], [0]), ReferenceOps(), make_slab([Path(info.path)], spec))
+        torch.testing.assert_close(logits[:, :tokens].log_softmax(-1), expected, atol=1e-4, rtol=0)
+        outcomes["same"] += 1
+
+    check()
+    assert outcomes["same"] >= 15 and outcomes["refused"] >= 3, outcomes

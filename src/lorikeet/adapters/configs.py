@@ -68,6 +68,11 @@ class LoraConfig(Targets):
     ties_weights: bool = False  # on a tied base, what is said of the embedding holds for the head, and the reverse
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence on the adapter acts (aLoRA)
 
+    def targets(self, module: str) -> bool:
+        """As of every kind. A module that is saved whole has no pair, though it may be named twice."""
+        saved = any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.modules_to_save)
+        return not saved and super().targets(module)
+
     def saves_whole(self, module: str) -> bool:
         """Whether the adapter has a copy of its own of this module."""
         return any(module.endswith(name) for name in self.modules_to_save)
