@@ -1,8 +1,8 @@
 // Repositories, their versions, where each comes from, what it scores, what its aliases are, and where it lives now.
 
-import { address, call, get, key, path, useAction, useGet } from "./api.js";
+import { address, call, key, path, useAction, useGet } from "./api.js";
 import { ago, bytes, count, duration, fixed, moment, percent } from "./format.js";
-import { html, useEffect, useState } from "./html.js";
+import { html, useState } from "./html.js";
 import { Confirm, Copy, Demo, Dialog, Empty, Facts, Input, Interval, Problem, State, Table, Waiting } from "./parts.js";
 import { Recipe } from "./run.js";
 
@@ -40,7 +40,7 @@ export function Adapters() {
         <${Table} caption="Repositories" rows=${items} rowKey=${(repo) => repo.name} columns=${[
           { title: "Repository", cell: (repo) => html`<a href=${path`#/adapters/${repo.name}`}>${repo.name}</a>` },
           { title: "Description", wide: true, cell: (repo) => repo.description },
-          { title: "Versions", number: true, cell: (repo) => count(repo.versions?.length ?? repo.version_count) },
+          { title: "Versions", number: true, cell: (repo) => count(repo.versions.length) },
           { title: "Newest", cell: (repo) => (newest(repo)[0] ? html`${newest(repo)[0].number} <${State} state=${newest(repo)[0].state} />` : "–") },
           { title: "Aliases", cell: (repo) => html`<${Aliases} aliases=${(repo.aliases ?? []).map((one) => ({ ...one, shown: ` → ${one.number}` }))} />` },
           { title: "Size", number: true, cell: (repo) => bytes(newest(repo)[0]?.bytes) },
@@ -57,7 +57,7 @@ export function Adapters() {
 function Promote({ repo, number, onClose }) {
   const [alias, setAlias] = useState("production");
   const current = (repo.aliases ?? []).find((one) => one.name === alias.trim());
-  const work = () => call("PUT", path`api/repos/${repo.name}/aliases/${alias.trim()}`, { version: number });
+  const work = () => call("PUT", path`api/repos/${repo.name}/aliases/${alias.trim()}`, { version: number, expected: current?.number ?? 0 });
   return html`
     <${Confirm} title=${`Promote ${repo.name}/${number}`} action=${`Move ${alias.trim() || "the alias"} to ${number}`} work=${work} onClose=${onClose}>
       <${Input} label="Alias" required value=${alias} onValue=${setAlias} hint="A request for the bare name gets @production." />
@@ -87,28 +87,26 @@ function Evaluations({ items }) {
     { title: "Metric", cell: (one) => one.metric },
     { title: "Score", number: true, cell: (one) => percent(one.score) },
     { title: "95% interval", number: true, cell: (one) => intervalText(one) },
-    { title: "", cell: (one) => html`<${Interval} score=${one.score} low=${one.low ?? one.ci?.[0]} high=${one.high ?? one.ci?.[1]} />` },
+    { title: "0 to 100%", cell: (one) => html`<${Interval} score=${one.score} low=${one.low} high=${one.high} />` },
+    { title: "Base", number: true, cell: (one) => percent(one.result?.base) },
     { title: "Rows", number: true, cell: (one) => count(one.n) },
     { title: "When", number: true, cell: (one) => ago(one.created) },
   ]} />`;
 }
 
-export function intervalText(one) {
-  const low = one.low ?? one.ci?.[0];
-  const high = one.high ?? one.ci?.[1];
+function intervalText({ low, high }) {
   return low === null || low === undefined ? "–" : `${percent(low)} to ${percent(high)}`;
 }
 
 /** The chain from a version to what it was trained on from, the oldest last. */
 function Lineage({ version }) {
-  const chain = version.lineage ?? [];
-  const names = chain.map((one) => (typeof one === "string" ? one : one.reference ?? `${one.repository}/${one.number}`));
-  const older = names[0] === `${version.repository}/${version.number}` ? names.slice(1) : names;
+  const merge = version.recipe?.merge;
+  const older = merge ? merge.adapters : version.lineage.map((one) => one.reference);
   const link = (name) => {
     const [repo, number] = name.split("/");
     return html`<a href=${path`#/adapters/${repo}` + `?version=${number?.split("@")[0] ?? ""}`}>${name}</a>`;
   };
-  return html`<span>${older.length ? older.map((name, i) => html`${i ? " ← " : ""}${link(name)}`) : "trained from the base"}${older.length ? ` ← ${version.base ?? "base"}` : ""}</span>`;
+  return html`<span>${merge ? `${merge.method} of ` : ""}${older.map((name, i) => html`${i ? (merge ? " + " : " ← ") : ""}${link(name)}`)}${merge ? "" : `${older.length ? " ← " : ""}${version.base ?? "base"}`}</span>`;
 }
 
 async function download(version, file) {
@@ -124,7 +122,7 @@ async function download(version, file) {
 
 function Files({ version }) {
   const [take, busy, error] = useAction((file) => download(version, file));
-  const files = version.files ?? version.manifest?.files ?? [];
+  const files = version.files ?? [];
   if (!files.length) return null;
   return html`
     <details><summary>Files (${bytes(version.bytes)})</summary>
@@ -140,7 +138,7 @@ function Files({ version }) {
 function Version({ repo, number }) {
   const { data, error } = useGet(path`api/repos/${repo.name}/versions/${number}`, 5);
   if (!data) return error ? html`<${Problem} error=${error} />` : html`<${Waiting} what="the version" />`;
-  const version = { repository: repo.name, ...data };
+  const version = data;
   const name = `${repo.name}/${number}`;
   const metrics = version.metrics ?? {};
   return html`
@@ -151,7 +149,9 @@ function Version({ repo, number }) {
         ["Lives", PLACES[version.where] ?? version.where ?? "–"],
         ["Kind", version.kind ?? "–"], ["Rank", version.rank ?? "–"], ["Size", bytes(version.bytes)],
         ["Held-out loss", fixed(metrics.validation_loss ?? metrics.loss)],
-        ["Training", duration(metrics.train_seconds ?? metrics.seconds)],
+        ["Training", duration(metrics.train_seconds)],
+        (version.children ?? []).length > 0 && ["Trained on from it", version.children.map((one) => one.reference).join(", ")],
+        (version.checkpoints ?? []).length > 0 && ["Checkpoints", version.checkpoints.map((one) => `@${one.step}`).join(", ")],
         ["Created", moment(version.created)], ["By", version.created_by],
         ["Lineage", html`<${Lineage} version=${version} />`],
         ["Base", version.base ?? "–"],
@@ -172,17 +172,8 @@ export function Repository({ name, chosen }) {
   const [promoting, setPromoting] = useState(null);
   const [removing, setRemoving] = useState(null);
   const [history, setHistory] = useState(null);
-  const [places, setPlaces] = useState({});
   const versions = repo ? newest(repo) : [];
   const number = Number(chosen) || versions[0]?.number;
-  useEffect(() => {
-    let here = true;
-    const ask = versions.filter((one) => one.where === undefined && one.state === "ready").slice(0, 20);
-    for (const one of ask) {
-      get(path`api/repos/${name}/versions/${one.number}`).then((found) => here && setPlaces((before) => ({ ...before, [one.number]: found })), () => {});
-    }
-    return () => { here = false; };
-  }, [name, versions.map((one) => `${one.number}${one.state}`).join()]);
   const head = html`<div class="head"><h1 tabindex="-1">${name}</h1>${repo ? html`<div class="push"><a class="button" href=${`#/playground?model=${encodeURIComponent(name)}`}>Try it</a></div>` : null}</div>`;
   if (!repo) return html`${head}${error ? html`<${Problem} error=${error} />` : html`<${Waiting} what="the repository" />`}`;
   const aliasesOf = (version) => (repo.aliases ?? []).filter((one) => one.number === version.number);
@@ -197,12 +188,13 @@ export function Repository({ name, chosen }) {
         { title: "Version", number: true, cell: (one) => html`<a href=${path`#/adapters/${name}` + `?version=${one.number}`} aria-current=${one.number === number ? "true" : null}>${one.number}</a>` },
         { title: "State", cell: (one) => html`<${State} state=${one.archived ? "archived" : one.state} />` },
         { title: "Aliases", cell: (one) => html`<${Aliases} aliases=${aliasesOf(one)} />` },
-        { title: "Lives", cell: (one) => PLACES[one.where ?? places[one.number]?.where] ?? "–" },
-        { title: "Kind", cell: (one) => one.kind ?? places[one.number]?.kind ?? "–" },
-        { title: "Rank", number: true, cell: (one) => one.rank ?? places[one.number]?.rank ?? "–" },
+        { title: "Lives", cell: (one) => PLACES[one.where] ?? "–" },
+        { title: "Kind", cell: (one) => one.kind ?? "–" },
+        { title: "Rank", number: true, cell: (one) => one.rank ?? "–" },
+        { title: "Held-out loss", number: true, cell: (one) => fixed(one.metrics?.validation_loss ?? one.metrics?.loss) },
         { title: "Size", number: true, cell: (one) => bytes(one.bytes) },
         { title: "Created", number: true, cell: (one) => ago(one.created) },
-        { title: "", cell: (one) => html`<button type="button" class="small" disabled=${one.state !== "ready"} onClick=${() => setPromoting(one.number)}>Promote ${one.number}</button> <button type="button" class="small danger" onClick=${() => setRemoving(one.number)}>Delete ${one.number}</button>` },
+        { title: "Actions", quiet: true, cell: (one) => html`<button type="button" class="small" disabled=${one.state !== "ready"} onClick=${() => setPromoting(one.number)}>Promote ${one.number}</button> <button type="button" class="small danger" onClick=${() => setRemoving(one.number)}>Delete ${one.number}</button>` },
       ]} />` : html`<${Empty} title="No version yet"><p><a href="#/runs/new">Train the first one</a>.</p><//>`}
     ${number ? html`<${Version} key=${number} repo=${repo} number=${number} />` : null}
     ${promoting !== null ? html`<${Promote} repo=${repo} number=${promoting} onClose=${close(setPromoting)} />` : null}

@@ -19,6 +19,15 @@ function load() {
   return loading;
 }
 
+const STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000];
+/** At least a minute; of one point alone uPlot would make a day. */
+function lastMinute(u, low, high) {
+  const last = u.data[0].at(-1) ?? 60;
+  return u.data[0].length < 2 ? [last - 60, last] : [Math.min(low, high - 60), high];
+}
+
+const clock = (seconds) => new Date(1000 * seconds).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
+
 /** What a CSS colour such as var(--line) is at this moment: a canvas knows no variables. */
 function colour(element, name) {
   element.style.color = `var(--${name})`;
@@ -36,9 +45,9 @@ function options(uPlot, box, { series, log, height, xLabel, xTime, marks, onPoin
     height,
     legend: { show: false },
     cursor: { y: false, drag: { x: true, y: false } },
-    scales: { x: { time: Boolean(xTime) }, y: { distr: log ? 3 : 1, range: log ? undefined : (u, low, high) => uPlot.rangeNum(low ?? 0, high ?? 1, 0.08, true) } },
+    scales: { x: { time: Boolean(xTime), ...(xTime ? { range: lastMinute } : {}) }, y: { distr: log ? 3 : 1, range: log ? undefined : (u, low, high) => uPlot.rangeNum(low ?? 0, high ?? 1, 0.08, true) } },
     axes: [
-      { ...axis, size: 34, label: xLabel, labelSize: 16, labelFont: axis.font, labelGap: -4 },
+      xTime ? { ...axis, size: 24, space: 80, values: (u, found) => found.map(clock) } : { ...axis, size: 24, label: xLabel, labelSize: 16, labelFont: axis.font, labelGap: -2, incrs: STEPS },
       { ...axis, size: 54, values: (u, found) => found.map((one) => (one === null ? "" : number(one))) },
     ],
     series: [

@@ -39,9 +39,6 @@ export function turningPoint(points) {
   return last[0] > best[0] && last[1] > TURN * best[1] ? best : null;
 }
 
-/** A metrics entry of the catalog, or the line itself. */
-const lineOf = (entry) => (entry.data && typeof entry.data === "object" ? { ...entry.data, step: entry.step ?? entry.data.step, split: entry.split ?? entry.data.split, loss: entry.loss ?? entry.data.loss } : entry);
-
 /** Metrics lines of several jobs by id, followed while a job goes on. `jobs`: [{id, state}]. */
 export function useLines(jobs) {
   const [, redraw] = useState(0);
@@ -63,7 +60,7 @@ export function useLines(jobs) {
         } catch {
           items = [];
         }
-        own.push(...items.map(lineOf));
+        own.push(...items);
         if (items.length) {
           after = items.at(-1).id;
           redraw((turn) => turn + 1);
@@ -126,8 +123,8 @@ export function useJob(id) {
 
 function take(now, message) {
   const { type, ...body } = message;
-  if (type === "state") now.job = { ...now.job, ...(body.job ?? body) };
-  else if (type === "event") now.events.push(body.event ?? body);
-  else if (type === "metric") now.lines.push(lineOf(body.metric ?? body));
-  else if (type === "log") now.log += body.text ?? `${body.line ?? ""}\n`;
+  if (type === "state") now.job = body.job;
+  else if (type === "event") now.events.push(body);
+  else if (type === "metric") now.lines.push(body);
+  else if (type === "log") now.log += body.text;
 }

@@ -3,8 +3,9 @@
 import { useGet } from "./api.js";
 import { bytes, count, duration, percent } from "./format.js";
 import { html, useState } from "./html.js";
-import { intervalText } from "./adapters.js";
 import { Choice, Demo, Empty, Interval, Problem, Table, Waiting } from "./parts.js";
+
+const intervalText = ({ ci }) => (ci ? `${percent(ci[0])} to ${percent(ci[1])}` : "–");
 
 function rowsOf(task) {
   const adapters = (task.adapters ?? []).map((one) => ({ name: one.ref, ...one }));
@@ -17,18 +18,16 @@ function rowsOf(task) {
 
 /** An adapter whose interval lies above the base's is better than it beyond chance. */
 function Verdict({ row, task }) {
-  const low = row.low ?? row.ci?.[0];
-  const high = task.base?.high ?? task.base?.ci?.[1];
-  if (!row.adapter || low === undefined || low === null || high === undefined || high === null) return "";
-  return low > high ? html`<span class="tag accent">above the base</span>` : html`<span class="tag">not told from the base</span>`;
+  if (!row.adapter || !row.ci || !task.base?.ci) return "";
+  return row.ci[0] > task.base.ci[1] ? html`<span class="tag accent">above the base</span>` : html`<span class="tag">not told from the base</span>`;
 }
 
 const COLUMNS = (task) => [
   { title: "Model", wide: true, cell: (row) => row.name },
   { title: "Score", number: true, cell: (row) => percent(row.score) },
   { title: "95% interval", number: true, cell: intervalText },
-  { title: "0 to 100%", cell: (row) => html`<${Interval} score=${row.score} low=${row.low ?? row.ci?.[0]} high=${row.high ?? row.ci?.[1]} muted=${!row.adapter} />` },
-  { title: "", cell: (row) => html`<${Verdict} row=${row} task=${task} />` },
+  { title: "0 to 100%", cell: (row) => html`<${Interval} score=${row.score} low=${row.ci?.[0]} high=${row.ci?.[1]} muted=${!row.adapter} />` },
+  { title: "Against the base", cell: (row) => html`<${Verdict} row=${row} task=${task} />` },
   { title: "Training", number: true, cell: (row) => duration(row.train_seconds) },
   { title: "Size", number: true, cell: (row) => bytes(row.adapter_bytes) },
   { title: "Latency p50", number: true, cell: (row) => (row.p50_ms === undefined || row.p50_ms === null ? "–" : duration(row.p50_ms / 1000)) },
@@ -44,7 +43,7 @@ function Overview({ tasks }) {
     { title: "Baseline", number: true, cell: (task) => percent(task.baseline?.score) },
     { title: "Best adapter", number: true, cell: (task) => percent(best(task)?.score) },
     { title: "95% interval", number: true, cell: (task) => (best(task) ? intervalText(best(task)) : "–") },
-    { title: "0 to 100%", cell: (task) => html`<${Interval} score=${best(task)?.score} low=${best(task)?.ci?.[0] ?? best(task)?.low} high=${best(task)?.ci?.[1] ?? best(task)?.high} />` },
+    { title: "0 to 100%", cell: (task) => html`<${Interval} score=${best(task)?.score} low=${best(task)?.ci?.[0]} high=${best(task)?.ci?.[1]} />` },
     { title: "Which", cell: (task) => best(task)?.name ?? "–" },
     { title: "Training", number: true, cell: (task) => duration(best(task)?.train_seconds) },
   ]} />`;

@@ -1,13 +1,14 @@
 // A run from an uploaded file: what the model will see and learn, and what is wrong with it, before anything starts.
 
 import { call, get, path, useAction, useGet } from "./api.js";
-import { bytes, count, plural } from "./format.js";
+import { bytes, count, percent, plural } from "./format.js";
 import { html, useEffect, useRef, useState } from "./html.js";
 import { Empty, Demo, Field, Input, Problem, Table } from "./parts.js";
 
 const SETTINGS = [
   ["rank", "Rank", "16"], ["alpha", "Alpha", "32"], ["epochs", "Epochs", "3"], ["learning_rate", "Learning rate", "0.002"],
-  ["dropout", "Dropout", "0.1"], ["batch_rows", "Rows a step", "16"], ["validation", "Held-out share", "0.05"], ["seed", "Seed", "0"],
+  ["dropout", "Dropout", "0.1"], ["batch_rows", "Rows a step", "16"], ["validation", "Held-out share", "0.05"],
+  ["patience", "Patience", ""], ["seed", "Seed", "0"],
 ];
 const LABELS = ["label", "completion", "answer", "output", "target", "response", "summary", "query", "intent"];
 const SKIPPED = ["id", "split", "template", "index"];
@@ -27,10 +28,12 @@ export function guess(columns) {
 
 function Upload({ onDone }) {
   const [name, setName] = useState("");
+  const [test, setTest] = useState("0.1");
   const file = useRef(null);
   const [send, busy, error] = useAction(async () => {
     const form = new FormData();
     form.append("name", name.trim());
+    if (Number(test) > 0) form.append("shares", JSON.stringify({ test: Number(test) }));
     form.append("file", file.current.files[0]);
     onDone(await call("POST", "api/datasets", form));
   });
@@ -40,21 +43,24 @@ function Upload({ onDone }) {
   };
   return html`
     <form class="stack" onSubmit=${(event) => { event.preventDefault(); send(); }}>
-      <${Field} label="A file of rows" hint="JSON lines, JSON, CSV, TSV or Parquet">
-        ${(id) => html`<input id=${id} type="file" ref=${file} required accept=".jsonl,.json,.csv,.tsv,.parquet" onChange=${choose} />`}
+      <${Field} label="A file of rows" hint="JSON lines, CSV, TSV or Parquet">
+        ${(id) => html`<input id=${id} type="file" ref=${file} required accept=".jsonl,.ndjson,.csv,.tsv,.parquet" onChange=${choose} />`}
       <//>
-      <${Input} label="Name of the dataset" required value=${name} onValue=${setName} />
+      <div class="halves">
+        <${Input} label="Name of the dataset" required value=${name} onValue=${setName} />
+        <${Input} label="Share kept to judge by" inputmode="decimal" value=${test} onValue=${setTest} />
+      </div>
       <${Problem} error=${error} />
       <div><button type="submit" disabled=${busy}>${busy ? "Uploading …" : "Upload"}</button></div>
     </form>`;
 }
 
 function Rows({ dataset }) {
-  const rows = dataset.first ?? dataset.first_rows ?? dataset.preview ?? [];
+  const rows = dataset.first_rows ?? [];
   const columns = Object.entries(dataset.columns ?? {});
   const text = (found) => (typeof found === "object" ? JSON.stringify(found) : String(found ?? ""));
   return html`
-    <p class="muted">${plural(dataset.rows, "row")}, ${bytes(dataset.bytes)}; columns ${columns.map(([name, type]) => `${name} (${type})`).join(", ")}</p>
+    <p class="muted">${Object.entries(dataset.splits).map(([name, split]) => `${name} ${plural(split.rows, "row")}`).join(", ")}, ${bytes(dataset.bytes)}; columns ${columns.map(([name, type]) => `${name} (${type})`).join(", ")}</p>
     ${rows.length ? html`<details><summary>First rows</summary><${Table} caption=${`First rows of ${dataset.name}`} rows=${rows.slice(0, 5)} columns=${columns.map(([name]) => ({ title: name, wide: true, cell: (row) => text(row[name]) }))} /></details>` : null}`;
 }
 
@@ -66,8 +72,26 @@ function Audit({ preview }) {
       <h3>Audit of the data</h3>
       ${findings.map((one) => html`<p class=${one.level === "error" ? "problem" : "note"}><strong>${one.level}</strong> ${one.message}</p>`)}
       ${findings.length ? null : html`<p class="fine">Nothing is wrong with it.</p>`}
-      <p class="muted">${Object.entries(tokens).filter(([, found]) => typeof found === "number").map(([name, found]) => `${name.replaceAll("_", " ")} ${count(found)}`).join(", ")}</p>
+      <p class="muted">${count(tokens.train_rows)} rows to train on, ${count(tokens.validation_rows)} held out, ${count(tokens.test_rows)} to judge by; ${count(tokens.tokens)} tokens, ${percent(tokens.learned_tokens / Math.max(tokens.tokens, 1), 0)} of them learned, at most ${count(tokens.percentiles?.["100"])} in a row${preview.rows_read < preview.rows_all ? ` (of the first ${count(preview.rows_read)} rows)` : ""}; about ${count(preview.steps)} steps.</p>
+      <${Labels} labels=${preview.labels} />
     </section>`;
+}
+
+/** How often each completion occurs, where they repeat. */
+function Labels({ labels }) {
+  const entries = Object.entries(labels ?? {});
+  if (!entries.length) return null;
+  return html`<details><summary>${plural(entries.length, "completion")} that repeat</summary><p class="chips">${entries.slice(0, 60).map(([name, n]) => html`<span class="tag">${name} ${count(n)}</span>`)}</p></details>`;
+}
+
+/** Neighbours that are both learned, or both masked, as one. */
+function merged(pieces) {
+  const found = [];
+  for (const piece of pieces) {
+    if (found.length && found.at(-1).learned === piece.learned) found.at(-1).text += piece.text;
+    else found.push({ ...piece });
+  }
+  return found;
 }
 
 function Preview({ preview }) {
@@ -77,21 +101,21 @@ function Preview({ preview }) {
       <p class="muted">Grey text is read, and masked in the loss; <span class="learned">underlined</span> text is learned.</p>
       ${preview.rows.slice(0, 4).map((row, i) => html`
         <div class="rendered" key=${i} tabindex="0" role="group" aria-label=${`Row ${i + 1}`}>
-          ${row.pieces.map((piece) => html`<span class=${piece.learned ? "learned" : "masked"}>${piece.text}</span>`)}
+          ${merged(row.pieces).map((piece) => html`<span class=${piece.learned ? "learned" : "masked"}>${piece.text}</span>`)}
         </div>`)}
     </section>`;
 }
 
 /** The preview of what is typed, asked for once typing has paused. */
-function usePreview(name, prompt, completion) {
+function usePreview(name, recipe) {
   const [state, setState] = useState({ preview: null, error: null, busy: false });
   useEffect(() => {
-    if (!name || !prompt || !completion) return undefined;
+    if (!name || !recipe) return undefined;
     const controller = new AbortController();
     setState((before) => ({ ...before, busy: true }));
     const timer = setTimeout(async () => {
       try {
-        const preview = await call("POST", path`api/datasets/${name}/preview`, { prompt, completion }, { signal: controller.signal });
+        const preview = await call("POST", path`api/datasets/${name}/preview`, JSON.parse(recipe), { signal: controller.signal });
         setState({ preview, error: null, busy: false });
       } catch (error) {
         if (error.name !== "AbortError") setState({ preview: null, error, busy: false });
@@ -101,17 +125,19 @@ function usePreview(name, prompt, completion) {
       clearTimeout(timer);
       controller.abort();
     };
-  }, [name, prompt, completion]);
+  }, [name, recipe]);
   return state;
 }
 
-function recipeOf(form) {
+/** The fields of the form as a job's recipe. Raises for a number that is none. */
+function recipeOf(form, dataset) {
   const recipe = { prompt: form.prompt, completion: form.completion };
   for (const [name, title] of SETTINGS) {
-    if (form[name].trim() === "") continue;
+    if (form[name].trim() === "" || (name === "validation" && dataset.splits?.validation)) continue;
     const number = Number(form[name]);
     if (Number.isNaN(number)) throw new Error(`${title}: expected a number, found "${form[name]}"`);
-    recipe[name] = number;
+    if (name === "patience") recipe.early_stopping = { metric: "loss", patience: number };
+    else recipe[name] = number;
   }
   return recipe;
 }
@@ -134,21 +160,27 @@ export function NewRun({ query }) {
     if (query.get("dataset")) take(query.get("dataset"));
     if (!like) return;
     get(path`api/jobs/${like}`).then((job) => {
-      const recipe = job.recipe ?? job.spec?.recipe ?? job.spec ?? {};
+      const recipe = job.recipe ?? {};
       const known = Object.fromEntries(SETTINGS.filter(([name]) => typeof recipe[name] === "number").map(([name]) => [name, String(recipe[name])]));
-      change({ ...known, repo: job.repository ?? "" });
-      const name = job.dataset ?? job.spec?.dataset;
-      if (name) take(name, { ...(recipe.prompt ? { prompt: recipe.prompt, completion: recipe.completion } : {}), repo: job.repository ?? name });
+      const patience = recipe.early_stopping ? { patience: String(recipe.early_stopping.patience) } : {};
+      take(job.dataset, { ...known, ...patience, ...(recipe.prompt ? { prompt: recipe.prompt, completion: recipe.completion } : {}), repo: job.repo });
     }).catch(setLikeError);
   }, []);
 
-  const { preview, error: previewError, busy: looking } = usePreview(dataset?.name, form.prompt, form.completion);
+  let recipe = null;
+  let wrong = null;
+  try {
+    recipe = dataset && form.prompt && form.completion ? JSON.stringify(recipeOf(form, dataset)) : null;
+  } catch (error) {
+    wrong = error;
+  }
+  const { preview, error: previewError, busy: looking } = usePreview(dataset?.name, recipe);
   const broken = (preview?.audit ?? []).some((one) => one.level === "error");
   const [start, busy, error] = useAction(async () => {
-    const job = await call("POST", "api/jobs", { kind: "train", repo: form.repo.trim(), dataset: dataset.name, recipe: recipeOf(form), description: form.description });
+    const job = await call("POST", "api/jobs", { kind: "train", repo: form.repo.trim(), dataset: dataset.name, recipe: JSON.parse(recipe), description: form.description });
     window.location.hash = path`#/runs/${job.id}`;
   });
-  const ready = dataset && preview && !broken && !looking && form.repo.trim();
+  const ready = dataset && recipe && preview && !broken && !looking && form.repo.trim();
   return html`
     <div class="head"><h1 tabindex="-1">New run</h1></div>
     <${Problem} error=${datasets.error ?? likeError} />
@@ -190,7 +222,7 @@ export function NewRun({ query }) {
           <${Input} label="Description" ...${text("description")} />
         </div>
         <div class="fields">${SETTINGS.map(([name, title]) => html`<${Input} label=${title} inputmode="decimal" ...${text(name)} />`)}</div>
-        <${Problem} error=${error} />
+        <${Problem} error=${wrong ?? error} />
         <div class="row"><button type="submit" class="primary" disabled=${!ready || busy}>Start the run</button>
         ${broken ? html`<span class="muted">The audit has errors: nothing can start before they are gone.</span>` : null}</div>
       </form>` : null}`;

@@ -1,17 +1,17 @@
 // The pieces that pages are made of: tables, fields, dialogs, notes, bars with intervals.
 
 import { call, path, useAction, useGet } from "./api.js";
-import { duration, percent } from "./format.js";
+import { percent } from "./format.js";
 import { html, useEffect, useId, useLayoutEffect, useRef, useState } from "./html.js";
 
-/** `columns`: {title, cell(row), number?, wide?}. Scrolls sideways where there is no room. */
+/** `columns`: {title, cell(row), number?, wide?, quiet? (its title is for screen readers alone)}. Scrolls sideways where there is no room. */
 export function Table({ caption, columns, rows, rowKey = (row, i) => i, rowClass = () => "" }) {
   return html`
     <div class="scroll" tabindex="0" role="group" aria-label=${caption}>
       <table>
         <caption class="hidden">${caption}</caption>
         <thead>
-          <tr>${columns.map((one) => html`<th scope="col" class=${one.number ? "number" : ""}>${one.title}</th>`)}</tr>
+          <tr>${columns.map((one) => html`<th scope="col" class=${one.number ? "number" : ""}>${one.quiet ? html`<span class="hidden">${one.title}</span>` : one.title}</th>`)}</tr>
         </thead>
         <tbody>
           ${rows.map((row, i) => html`
@@ -84,8 +84,12 @@ export function Dialog({ title, onClose, children }) {
   const id = useId();
   useLayoutEffect(() => {
     const before = document.activeElement;
-    box.current.showModal();
-    return () => before?.focus?.();
+    const dialog = box.current;
+    dialog.showModal();
+    return () => {
+      dialog.close(); // what lies behind an open one takes no focus
+      before?.focus?.();
+    };
   }, []);
   return html`
     <dialog ref=${box} aria-labelledby=${id} onCancel=${(event) => { event.preventDefault(); onClose(); }}>
@@ -124,15 +128,20 @@ export function Copy({ text, label = "Copy" }) {
 /** A score from 0 to 1 on a line, with its interval as a whisker. */
 export function Interval({ score, low, high, muted }) {
   if (score === null || score === undefined) return null;
-  const x = (share) => 2 + 116 * Math.min(Math.max(share, 0), 1);
+  const x = (share) => 3 + 174 * Math.min(Math.max(share, 0), 1);
   const has = low !== null && low !== undefined && high !== null && high !== undefined;
   const said = has ? `${percent(score)}, interval ${percent(low)} to ${percent(high)}` : percent(score);
   return html`
-    <svg class=${muted ? "interval muted" : "interval"} viewBox="0 0 120 14" width="120" height="14" role="img" aria-label=${said}>
-      <line class="ground" x1="2" x2="118" y1="7" y2="7" />
+    <svg class=${muted ? "interval muted" : "interval"} viewBox="0 0 180 14" width="180" height="14" role="img" aria-label=${said}>
+      <line class="ground" x1="3" x2="177" y1="7" y2="7" />
       ${has ? html`<line class="whisker" x1=${x(low)} x2=${x(high)} y1="7" y2="7" /><line class="whisker" x1=${x(low)} x2=${x(low)} y1="3" y2="11" /><line class="whisker" x1=${x(high)} x2=${x(high)} y1="3" y2="11" />` : null}
-      <circle cx=${x(score)} cy="7" r="3.5" />
+      <circle cx=${x(score)} cy="7" r="2.5" />
     </svg>`;
+}
+
+/** A prompt template with the columns of a row in it. */
+function filled(template, row) {
+  return template.replaceAll(/\{\s*(\w+)[^}]*\}/g, (whole, name) => (typeof row[name] === "object" ? JSON.stringify(row[name]) : row[name] ?? whole)).trim();
 }
 
 /** The demo's tasks, each with a button that trains its adapter: what there is to do on an empty server. */
@@ -148,12 +157,11 @@ export function Demo() {
     <div class="demo">
       <p>Or train one of the demo's adapters, with one click, on this machine:</p>
       <${Problem} error=${refused} />
-      <${Table} caption="Tasks of the demo" rows=${data.items ?? data.tasks ?? []} columns=${[
-        { title: "Task", cell: (row) => row.task ?? row.name },
-        { title: "What it learns", wide: true, cell: (row) => row.description ?? "" },
-        { title: "Rows", number: true, cell: (row) => row.rows ?? "" },
-        { title: "About", number: true, cell: (row) => (row.seconds ? duration(row.seconds) : "") },
-        { title: "", cell: (row) => html`<button type="button" class="small" disabled=${busy} onClick=${() => train(row.task ?? row.name)}>Train ${row.task ?? row.name}</button>` },
+      <${Table} caption="Tasks of the demo" rows=${data.items} columns=${[
+        { title: "Train", quiet: true, cell: (row) => html`<button type="button" class="small" disabled=${busy} onClick=${() => train(row.task)}>Train ${row.task}</button>` },
+        { title: "Reads", wide: true, cell: (row) => html`<code>${filled(row.prompt, row.example)}</code>` },
+        { title: "Answers", wide: true, cell: (row) => html`<code>${filled(row.completion, row.example)}</code>` },
+        { title: "Judged by", cell: (row) => row.metric },
       ]} />
     </div>`;
 }

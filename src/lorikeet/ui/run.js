@@ -3,9 +3,9 @@
 import { call, path, useAction } from "./api.js";
 import { Chart } from "./chart.js";
 import { isOver, turningPoint, useJob } from "./curves.js";
-import { count, duration, fixed, moment, number, value } from "./format.js";
+import { bytes, count, duration, fixed, moment, number, percent, value } from "./format.js";
 import { html, useLayoutEffect, useRef, useState } from "./html.js";
-import { Confirm, Facts, Problem, State, Waiting } from "./parts.js";
+import { Confirm, Facts, Interval, Problem, State, Table, Waiting } from "./parts.js";
 import { CurveControls, FIRST_VIEW, Progress, nameOf, secondsOf, seriesOf } from "./runs.js";
 
 function Curves({ job, lines }) {
@@ -26,23 +26,44 @@ function Curves({ job, lines }) {
 }
 
 function Cost({ job, lines }) {
-  const train = lines.filter((line) => line.split === "train");
-  const tokens = train.reduce((sum, line) => sum + (line.tokens ?? 0), 0);
-  const cost = job.cost ?? job.result ?? {};
+  const last = lines.findLast((line) => line.split === "train") ?? {};
+  const result = job.result ?? {};
   const seconds = secondsOf(job);
-  const share = cost.train_seconds ?? cost.seconds ?? null;
-  const learned = cost.tokens ?? (tokens || null);
+  const share = result.train_seconds ?? last.seconds ?? null;
+  const tokens = result.tokens ?? last.tokens ?? null;
   return html`
     <${Facts} items=${[
       ["Wall time", duration(seconds)],
-      share !== null && ["Its share of a joint run", duration(share)],
+      job.kind === "train" && ["Training", html`${duration(share)}${result.joined > 1 ? html` <span class="muted">its share of a joint run of ${result.joined}</span>` : null}`],
       ["Waited", duration(job.started ? job.started - job.created : null)],
-      ["Steps", count(train.at(-1)?.step ?? cost.steps)],
-      ["Tokens", count(learned)],
-      ["Tokens per second", learned && seconds ? count(learned / (share ?? seconds)) : "–"],
+      job.kind === "train" && ["Steps", `${count(last.step ?? result.steps)}${job.progress?.steps ? ` of ${count(job.progress.steps)}` : ""}`],
+      job.kind === "train" && ["Tokens", count(tokens)],
+      job.kind === "train" && ["Tokens per second", tokens && share ? count(tokens / share) : "–"],
       ["Attempts", `${job.attempts ?? 0} of ${job.max_attempts ?? "–"}`],
-      ["Last learning rate", train.length ? number(train.at(-1).lr) : "–"],
+      job.kind === "train" && ["Learning rate now", number(last.lr)],
+      job.memory > 0 && ["Memory asked for", bytes(job.memory)],
+      result.adapter_bytes && ["Adapter", bytes(result.adapter_bytes)],
+      result.stopped && ["Stopped early at", `${count(result.best_step)} (${fixed(result.best_validation_loss)})`],
     ]} />`;
+}
+
+/** What an evaluation found. */
+function Judged({ job }) {
+  const rows = (job.result?.results ?? []).flatMap((one) => [
+    { task: one.task, metric: one.metric, n: one.n, name: "base", score: one.base, ci: one.base_ci },
+    ...(one.adapter === null || one.adapter === undefined ? [] : [{ task: one.task, metric: one.metric, n: one.n, name: one.adapter_reference, score: one.adapter, ci: one.adapter_ci }]),
+    ...(one.baseline === null || one.baseline === undefined ? [] : [{ task: one.task, metric: one.metric, n: one.n, name: "classical baseline", score: one.baseline }]),
+  ]);
+  if (!rows.length) return html`<p class="muted">${isOver(job.state) ? "It came to no result." : "The scores come at its end."}</p>`;
+  return html`<${Table} caption="Scores" rows=${rows} columns=${[
+    { title: "Model", cell: (row) => row.name },
+    { title: "Task", cell: (row) => row.task },
+    { title: "Metric", cell: (row) => row.metric },
+    { title: "Score", number: true, cell: (row) => percent(row.score) },
+    { title: "95% interval", number: true, cell: (row) => (row.ci ? `${percent(row.ci[0])} to ${percent(row.ci[1])}` : "–") },
+    { title: "0 to 100%", cell: (row) => html`<${Interval} score=${row.score} low=${row.ci?.[0]} high=${row.ci?.[1]} />` },
+    { title: "Rows", number: true, cell: (row) => count(row.n) },
+  ]} />`;
 }
 
 function Timeline({ events }) {
@@ -83,10 +104,10 @@ function Actions({ job, reload }) {
     <div class="push">
       ${!isOver(job.state) ? html`<button type="button" class="danger" disabled=${job.state === "stopping"} onClick=${() => setAsking(true)}>Cancel</button>` : null}
       ${["errored", "canceled"].includes(job.state) ? html`<button type="button" disabled=${busy} onClick=${resume}>Resume</button>` : null}
-      ${job.state === "completed" && job.repository ? html`
+      ${job.state === "completed" && job.kind === "train" ? html`
         <a class="button primary" href=${`#/playground?model=${encodeURIComponent(nameOf(job))}`}>Try it</a>
-        <a class="button" href=${path`#/adapters/${job.repository}` + `?version=${job.number}`}>Version</a>` : null}
-      <a class="button" href=${path`#/runs/new?like=${job.id}`}>Start one like it</a>
+        <a class="button" href=${path`#/adapters/${job.repo}` + `?version=${job.version}`}>Version</a>` : null}
+      ${job.kind === "train" ? html`<a class="button" href=${path`#/runs/new?like=${job.id}`}>Start one like it</a>` : null}
     </div>
     <${Problem} error=${error} />
     ${asking ? html`
@@ -98,8 +119,6 @@ function Actions({ job, reload }) {
 export function Run({ id }) {
   const { job, events, lines, log, error, reload } = useJob(id);
   if (!job) return html`<h1 tabindex="-1">Run</h1>${error ? html`<${Problem} error=${error} />` : html`<${Waiting} what="the run" />`}`;
-  const spec = job.spec ?? {};
-  const recipe = job.recipe ?? spec.recipe ?? spec;
   return html`
     <div class="head"><h1 tabindex="-1">${nameOf(job)}</h1><${State} state=${job.state} /><${Progress} job=${job} /><${Actions} job=${job} reload=${reload} /></div>
     ${job.description ? html`<p>${job.description}</p>` : null}
@@ -107,7 +126,7 @@ export function Run({ id }) {
     ${job.error ? html`<${Problem} error=${job.error} />` : null}
     <div class="split">
       <div class="stack">
-        <${Curves} job=${job} lines=${lines} />
+        ${job.kind === "train" ? html`<${Curves} job=${job} lines=${lines} />` : html`<${Judged} job=${job} />`}
         <h2>Log</h2>
         <${Log} text=${log} />
       </div>
@@ -115,7 +134,7 @@ export function Run({ id }) {
         <h2>Cost</h2><${Cost} job=${job} lines=${lines} />
         <h2>Timeline</h2><${Timeline} events=${events} />
         <h2>Recipe</h2>
-        <${Recipe} recipe=${{ base: job.base, dataset: job.dataset ?? spec.dataset, ...recipe }} />
+        <${Recipe} recipe=${{ base: job.base, dataset: job.dataset, ...job.recipe }} />
       </div>
     </div>`;
 }

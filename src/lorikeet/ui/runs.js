@@ -9,13 +9,16 @@ import { Check, Demo, Empty, Field, Problem, State, Table, Waiting } from "./par
 
 const FIRST = 4; // runs whose curves are shown at the start
 
-export const nameOf = (job) => (job.repository ? `${job.repository}/${job.number ?? "?"}` : job.description || job.id.slice(0, 8));
+/** The version a training makes, or what an evaluation judges. */
+export function nameOf(job) {
+  if (job.kind === "train") return `${job.repo}/${job.version}`;
+  return `${job.task ?? "evaluation"} of ${job.adapter ?? "the base"}`;
+}
 
 /** The share of the work that is done, from whatever the job reports; null where it does not say. */
 export function shareOf(job) {
   const { progress } = job;
   if (!progress) return null;
-  if (typeof progress.share === "number") return progress.share;
   const done = progress.step ?? progress.done;
   const total = progress.steps ?? progress.total;
   return done !== undefined && total ? Math.min(done / total, 1) : null;
@@ -28,8 +31,9 @@ export function secondsOf(job) {
 
 export function Progress({ job }) {
   const share = shareOf(job);
-  if (isOver(job.state) || share === null) return html`<span class="muted">${job.stage && job.stage !== job.state ? job.stage : ""}</span>`;
-  return html`<progress value=${share} max="1" aria-label=${`Progress of ${nameOf(job)}`}></progress> <span class="muted">${percent(share, 0)}</span>`;
+  if (isOver(job.state)) return null;
+  if (share === null) return html`<span class="muted">${job.stage !== job.state ? job.stage : ""}</span>`;
+  return html`<progress value=${share} max="1" aria-label=${`Progress of ${nameOf(job)}`}></progress> <span class="muted">${percent(share, 0)}${job.progress.seconds_left ? `, ${duration(job.progress.seconds_left)} left` : ""}</span>`;
 }
 
 /** The series of one run: training thin, held-out thick, both of one colour. */
@@ -107,12 +111,14 @@ export function Runs() {
     ${items.length ? html`
       <${Overlay} jobs=${picked} />
       <${Table} caption="Runs" rows=${items} rowKey=${(job) => job.id} columns=${[
-        { title: "Curve", cell: (job) => html`<input type="checkbox" aria-label=${`Curve of ${nameOf(job)}`} checked=${chosen?.includes(job.id)} onChange=${(event) => choose(job, event.currentTarget.checked)} />` },
+        { title: "Curve", cell: (job) => job.kind === "train" && html`<input type="checkbox" aria-label=${`Curve of ${nameOf(job)}`} checked=${chosen?.includes(job.id)} onChange=${(event) => choose(job, event.currentTarget.checked)} />` },
         { title: "Run", cell: (job) => html`<a href=${path`#/runs/${job.id}`}>${nameOf(job)}</a>` },
         { title: "Kind", cell: (job) => job.kind },
         { title: "State", cell: (job) => html`<${State} state=${job.state} />` },
         { title: "Progress", cell: (job) => html`<${Progress} job=${job} />` },
-        { title: "Description", wide: true, cell: (job) => job.description },
+        { title: "Loss", number: true, cell: (job) => fixed(job.result?.loss ?? job.progress?.loss) },
+        { title: "Held-out", number: true, cell: (job) => fixed(job.result?.validation_loss ?? job.progress?.validation_loss) },
+        { title: "Dataset", cell: (job) => job.dataset },
         { title: "Took", number: true, cell: (job) => duration(secondsOf(job)) },
         { title: "Created", number: true, cell: (job) => ago(job.created) },
         { title: "By", cell: (job) => job.created_by },
