@@ -1,6 +1,7 @@
 """A process with the published `predibase` package: runs the code that it is sent, a JSON object a line.
 
-In: `{"gateway": url, "token": key, "code": text}`. Out: `{"result": value of the variable result, "error": text | null}`.
+In: `{"gateway": url, "token": key, "code": text, "names": {...}}`. Out: `{"result": ..., "error": text | null}`, the
+value of the variable `result` and what was raised.
 A process of its own, since the package keeps sessions that nothing closes and warns as it is imported.
 """
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import httpx
 import pytest
 from tests.fixtures import make_adapter
+from tests.server.flaky_proxy import flaky_proxy
 from tests.server.hosting import Hosted, hosted, own_cache
 
 from lorikeet.config import PlatformConfig
 from lorikeet.model.sources import find_model
 from lorikeet.registry.records import Actor
 from lorikeet.server.platform import Platform
+from lorikeet.server.predibase.config import FinetuningConfig
 
 WORKER = Path(__file__).parent / "sdk_worker.py"
 CITIES = ("Oslo", "Lima", "Rome", "Cairo", "Paris", "Quito")
@@ -183,6 +186,9 @@ def test_datasets(up: Hosted, run: Callable[..., Any], refused: Callable[..., st
     assert run(frame, rows=[{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d,\n e"}]) == "frame"
     catalog = platform_of(up).catalog
     assert catalog.datasets.get(Actor(), "frame").rows == 2
+    (tmp_path / "broken.csv").write_text("prompt,completion\na,b\nc\n")
+    said = refused("pb.datasets.from_file(path)", path=str(tmp_path / "broken.csv"))
+    assert "rows.csv:3: expected 2 cells" in said and "/rows.csv" not in said
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
     assert ".jsonl" in refused("pb.datasets.from_file(path)", path=str(tmp_path / "rows.xlsx"))
     assert "not supported" in refused("pb.datasets.download('cities', dest='x')")
@@ -314,7 +320,8 @@ def test_the_script_of_the_documentation(up: Hosted, run: Callable[..., Any], ro
     run("pb.deployments.client('lorikeet-nano', serving_url_override=url)"
         ".generate('x', adapter_id='my_adapter/1@3', max_new_tokens=2)")  # fmt: skip
     again = run(
-        "a = pb.adapters.create(config={'epochs': 1}, dataset='my_cities', repo='my_adapter',"
+        "from predibase import SFTConfig\n"
+        "a = pb.adapters.create(config=SFTConfig(epochs=1), dataset='my_cities', repo='my_adapter',"
         " continue_from_version='my_adapter/1')\n"
         "result = a.name, a.artifact_path"
     )
@@ -324,20 +331,44 @@ def test_the_script_of_the_documentation(up: Hosted, run: Callable[..., Any], ro
     assert second.parent_id == first.id and second.recipe is not None and second.recipe["rank"] == 4
 
 
-def test_the_stream_of_metrics(up: Hosted, run: Callable[..., Any], tmp_path: Path) -> None:
-    """What `watch` is told: rows at the ends of epochs, steps in between, and where the end is."""
-    path = tmp_path / "watched.jsonl"
-    kinds = ["train"] * 16 + ["evaluation"] * 4
-    path.write_text(
-        "".join(json.dumps({"prompt": f"{i}:", "completion": " a", "split": s}) + "\n" for i, s in enumerate(kinds))
-    )
-    config = SMALL | {"train_steps": 5, "enable_early_stopping": True, "lr_scheduler": {"type": "linear"}}
-    job = run(
-        "pb.repos.create(name='watched')\npb.datasets.from_file(path)\n"
-        "job = pb.finetuning.jobs.create(config=config, dataset='watched', repo='watched', watch=True)\n"
-        "result = job.uuid",
-        path=str(path), config=config,
+LABELS = ["cold", "hot", "mild"]
+
+
+@pytest.fixture(scope="module")
+def trained(up: Hosted, sdk: Sdk, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Jobs that were queued together and have ended: `weather` classifies, `watched` validates, `long` fails."""
+    folder = tmp_path_factory.mktemp("data")
+    weather = [{"text": f"it is {20 * (i % 3) + i} degrees", "label": LABELS[i % 3]} for i in range(18)]
+    splits = ["train"] * 16 + ["evaluation"] * 4
+    watched = [{"prompt": f"{i}:", "completion": " a", "split": split} for i, split in enumerate(splits)]
+    files = {"weather": weather, "watched": watched, "long": [{"prompt": "x " * 5000, "completion": "y"}]}
+    for name, listed in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in listed))
+    configs = {
+        "weather": SMALL | {"task": "classification"},
+        "watched": SMALL | {"train_steps": 5, "enable_early_stopping": True, "lr_scheduler": {"type": "linear"}},
+        "long": SMALL,
+    }
+    answer = sdk(
+        up.url,
+        "jobs = {}\n"
+        "for name, config in configs.items():\n"
+        "    pb.repos.create(name=name)\n"
+        "    pb.datasets.from_file(f'{folder}/{name}.jsonl')\n"
+        "    jobs[name] = pb.finetuning.jobs.create(config=config, dataset=name, repo=name).uuid\n"
+        "result = {name: [job, pb.finetuning.jobs.watch(job).status] for name, job in jobs.items()}",
+        folder=str(folder), configs=configs,
     )  # fmt: skip
+    assert answer.error is None, answer
+    assert {name: status for name, (_, status) in answer.result.items()} == {
+        "weather": "completed", "watched": "completed", "long": "errored",
+    }  # fmt: skip
+    return {name: job for name, (job, _) in answer.result.items()}
+
+
+def test_the_stream_of_metrics(up: Hosted, run: Callable[..., Any], trained: dict[str, str]) -> None:
+    """What `watch` is told: rows at the ends of epochs, steps in between, and where the end is."""
+    job = trained["watched"]
     messages = run(
         "import json\nresult = [json.loads(one) for one in pb.listen_websocket(address)]",
         address=f"/v2/finetuning/jobs/{job}/metrics/stream",
@@ -352,3 +383,171 @@ def test_the_stream_of_metrics(up: Hosted, run: Callable[..., Any], tmp_path: Pa
     assert set(timeline) == {"queued", "training", "completed", "events"}
     listed = up.http.get("/v2/finetuning/jobs", params={"limit": 100}).json()["data"]["jobs"]
     assert job in [one["uuid"] for one in listed]
+
+
+def test_jobs_that_are_stopped_or_fail(
+    run: Callable[..., Any], refused: Callable[..., str], trained: dict[str, str], rows: Path
+) -> None:
+    status, job = run(
+        "pb.repos.create(name='ends')\npb.datasets.from_file(path, name='ends')\n"
+        "job = pb.finetuning.jobs.create(config=config, dataset='ends', repo='ends')\n"
+        "pb.adapters.cancel('ends/1')\n"
+        "result = pb.finetuning.jobs.watch(job).status, job.uuid",
+        path=str(rows), config=SMALL | {"epochs": 500},
+    )  # fmt: skip
+    assert status in ("canceled", "stopping")
+    until = "import time\nwhile pb.finetuning.jobs.get(job).status == 'stopping': time.sleep(0.2)\n"
+    assert "canceled" in refused(until + "pb.adapters.get('ends/1')", job=job)
+    said = refused("pb.adapters.get('long/1')")
+    assert said.startswith("FinetuningError") and "tokens" in said
+
+
+def test_configs_that_cannot_be_done_are_refused_by_name(refused: Callable[..., str], run: Callable[..., Any]) -> None:
+    run(
+        "import pandas as pd\npb.repos.create(name='refusing')\n"
+        "pb.datasets.from_pandas_dataframe(pd.DataFrame([{'prompt': 'a', 'completion': 'b'}]), name='plain')"
+    )
+    create = "pb.finetuning.jobs.create(config=config, dataset='plain', repo='refusing')"
+    for change, said in (
+        ({"base_model": "qwen3-8b"}, "'base_model': expected 'lorikeet-nano'"),
+        ({"task": "grpo"}, "'task'"),
+        ({"adapter": "turbo_lora"}, "'adapter'"),
+        ({"colour": 1}, "unknown field 'colour'"),
+        ({"enable_early_stopping": True}, "no rows whose column split is 'evaluation'"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "'target_modules.1'"),
+        ({"task": "classification"}, "the columns text and label"),
+    ):
+        assert said in refused(create, config={"base_model": "lorikeet-nano", **change})
+    fields = run("from predibase import SFTConfig\nresult = list(SFTConfig.model_fields)")
+    assert set(fields) <= set(FinetuningConfig.model_fields), "a field of the package that was never looked at"
+    spec = "pb.finetuning.jobs.create(config=config, dataset='plain', repo='refusing', compute_spec={'region': 'x'})"
+    assert "computeSpec" in refused(spec, config=SMALL)
+    assert "no dataset" in refused(create.replace("'plain'", "'absent'"), config=SMALL)
+    assert "no repository" in refused(create.replace("'refusing'", "'absent'"), config=SMALL)
+    assert run("result = pb.repos.get('refusing').versions") == []
+
+
+def test_classification(
+    up: Hosted, run: Callable[..., Any], refused: Callable[..., str], trained: dict[str, str]
+) -> None:
+    """Label probabilities are those of transformers and peft with the same weights."""
+    client = "c = pb.deployments.client('lorikeet-nano', serving_url_override=url)\n"
+    classify = client + "result = c.classify(texts, adapter_id='weather/1').model_dump()"
+    texts = ["it is 3 degrees", "it is 50 degrees"]
+    found = run(classify, texts=texts)
+    assert [one["index"] for one in found["data"]] == [0, 1] and found["model"] == "weather/1"
+    folder = platform_of(up).home.adapter_folder(Actor(), "weather/1")[1]
+    for text, one in zip(texts, found["data"], strict=True):
+        expected = label_probabilities(folder, f"{text}\nLabel:", [f" {label}" for label in LABELS])
+        assert one["probs"] == pytest.approx(expected, abs=2e-3) and one["num_classes"] == 3
+        assert one["label"] == LABELS[expected.index(max(expected))]
+    assert run(classify, texts="one text")["data"][0]["num_classes"] == 3
+    assert "not trained for classification" in refused(client + "c.classify('x')")
+    assert "no repository" in refused(client + "c.classify('x', adapter_id='nobody/1')")
+
+
+def label_probabilities(folder: Path, prompt: str, completions: list[str]) -> list[float]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = find_model("lorikeet-nano")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
+    head = tokenizer(prompt).input_ids
+    scores = []
+    for completion in completions:
+        tail = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        tokens = torch.tensor([[*head, *tail]])
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0].log_softmax(-1)
+        scores.append(sum(logprobs[len(head) + i - 1, token].item() for i, token in enumerate(tail)))
+    return torch.tensor(scores).softmax(0).tolist()
+
+
+# --- retries ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["503", "drop"])
+def test_what_the_sdk_repeats_is_made_once(up: Hosted, sdk: Sdk, rows: Path, peft_folder: Path, how: str) -> None:
+    """Everything that creates takes effect, and its answer is lost on the way."""
+    name = f"repeated-{how}"
+    catalog = platform_of(up).catalog
+    with flaky_proxy(up.url) as proxy:
+        for method, pattern in (
+            ("POST", "/v2/repos"), ("POST", "/v2/datasets/upload"), ("PUT", "/v2/datasets/upload"),
+            ("GET", "/v2/finetuning/jobs/cost-estimate"), ("POST", "/v2/finetuning/jobs"),
+            ("POST", "/v2/finetuning/jobs/[^/]+/cancel"), ("POST", "/v2/adapters/upload"),
+            ("PUT", "/v2/adapters/upload/"),
+        ):  # fmt: skip
+            proxy.fail(method, pattern, how)
+        create = "pb.finetuning.jobs.create(config=config, dataset=name, repo=name, description='d').uuid"
+        answer = sdk(
+            proxy.url,
+            "pb.repos.create(name=name, description='d')\npb.datasets.from_file(path, name=name)\n"
+            f"first = {create}\npb.finetuning.jobs.cancel(first)\n"
+            "adapter = pb.adapters.upload(folder, name)\nresult = first, adapter.tag",
+            name=name, path=str(rows), folder=str(peft_folder), config=SMALL | {"epochs": 400},
+        )  # fmt: skip
+        assert answer.error is None and proxy.rules == [], answer
+        assert proxy.seen.count(("POST", "/v2/finetuning/jobs")) == 2
+        job, tag = answer.result
+        assert [one.id for one in catalog.jobs.page(Actor(), repository=name).items] == [job] and tag == 2
+        assert [one.number for one in catalog.repositories.get(Actor(), name).versions] == [1, 2]
+        again = sdk(proxy.url, f"result = {create}", name=name, config=SMALL | {"epochs": 400})
+        assert again.error is None and again.result != job, "who asks again wants another one"
+        assert len(catalog.jobs.page(Actor(), repository=name).items) == 2
+        catalog.jobs.cancel(Actor(), again.result)
+        assert "there already" in str(sdk(proxy.url, "pb.repos.create(name=name, description='d')", name=name).error)
+
+
+def test_a_repeat_beside_the_first(up: Hosted, run: Callable[..., Any], rows: Path) -> None:
+    """The SDK gave up waiting and asks again while the server is still at work."""
+    run("pb.repos.create(name='beside')\npb.datasets.from_file(path, name='beside')", path=str(rows))
+    body = {"params": SMALL | {"epochs": 400}, "dataset": "beside", "repo": "beside", "description": None}
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: httpx.post(f"{up.url}/v2/finetuning/jobs", json=body), range(8)))
+    assert [reply.status_code for reply in replies] == [200] * 8
+    (job,) = {reply.json()["uuid"] for reply in replies}
+    up.post(f"/v2/finetuning/jobs/{job}/cancel", {})
+    assert len(platform_of(up).catalog.jobs.page(Actor(), repository="beside").items) == 1
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+def test_tenants_and_roles(sdk: Sdk, rows: Path, tmp_path: Path) -> None:
+    settings = {"platform": PlatformConfig(home=str(tmp_path / "home"), max_upload=2000)}
+    with own_cache(tmp_path / "cache"), hosted(Path("lorikeet-nano"), scripted=True, serve_settings=settings) as server:
+        catalog = platform_of(server).catalog
+        other = Actor(tenant=catalog.people.create_tenant(Actor(), "other").id)
+        ours, theirs = (catalog.keys.create(who, "key", "trainer")[1] for who in (Actor(), other))
+        reader = catalog.keys.create(Actor(), "reader", "user")[1]
+        assert server.state.access is not None
+        server.state.access.keys_changed()
+        make = "pb.repos.create(name='mine')\nresult = pb.datasets.from_file(path, name='rows').name"
+        assert sdk(server.url, make, ours, path=str(rows)).result == "rows"
+        assert sdk(server.url, make, theirs, path=str(rows)).result == "rows"  # a name is taken in its tenant alone
+        for token, result in ((ours, ["mine"]), (theirs, ["mine"]), (reader, ["mine"])):
+            assert sdk(server.url, "result = [one.name for one in pb.repos.list()]", token).result == result
+        uuids = {sdk(server.url, "result = pb.repos.get('mine').uuid", one).result for one in (ours, theirs, reader)}
+        assert len(uuids) == 2
+        assert "trainer" in str(sdk(server.url, "pb.repos.create(name='x')", reader).error)
+        assert "trainer" in str(sdk(server.url, "pb.datasets.from_file(path)", reader, path=str(rows)).error)
+        assert "401" in str(sdk(server.url, "", "pb_wrong").error)
+        address = "pb.deployments.client('lorikeet-nano', serving_url_override=url)"
+        foreign = f"pb._session.tenant = '{other.tenant}'\n{address}.generate('x')"
+        assert "tenant" in str(sdk(server.url, foreign, reader, url=server.url).error)
+        begun = server.http.post("/v2/datasets/upload", json={"fileName": "a.csv"}, headers=bearer(ours)).json()
+        assert httpx.put(begun["presignedUrl"], content=b"a" * 2001).status_code == 413
+        assert httpx.put(begun["presignedUrl"], content=iter([b"a" * 1001] * 2)).status_code == 413
+        assert httpx.put(begun["presignedUrl"], content=b"a,b\n1,2\n").status_code == 200  # without a key
+        done = {"name": "stolen", "uploadToken": begun["uploadToken"]}
+        stolen = server.http.put("/v2/datasets/upload", json=done, headers=bearer(theirs))
+        assert stolen.status_code == 404 and "upload" in stolen.json()["error"]
+        with pytest.raises(httpx.HTTPStatusError):
+            server.http.get("/v2/repos").raise_for_status()
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}

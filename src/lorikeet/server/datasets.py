@@ -133,7 +133,7 @@ def _from_form(platform: Platform, who: Actor, fields: dict[str, str], uploads: 
                     f"{', '.join(READERS)}", param=field, hint="archives are not unpacked; send the file itself",
                 )  # fmt: skip
             files[split] = copy_to(upload, Path(place) / f"{split}{suffix}")
-            _refuse_bomb(files[split], field)
+            refuse_bomb(files[split], field)
         if "train" not in files:
             raise UnsupportedFieldError("field 'file' is missing", param="file", code="invalid_value")
         return _add(platform, who, name, files, fields.get("description", ""), shares, int(seed), Path(place))
@@ -176,7 +176,7 @@ def _shares(text: str | None) -> dict[str, float]:
         raise UnsupportedFieldError(f"'shares': expected such as {{\"test\": 0.2}}: {error}", param="shares") from None
 
 
-def _refuse_bomb(path: Path, field: str) -> None:
+def refuse_bomb(path: Path, field: str) -> None:
     """A small Parquet file may hold gigabytes: its own sums say so before it is read."""
     if path.suffix != ".parquet":
         return

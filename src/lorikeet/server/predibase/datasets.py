@@ -16,10 +16,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lorikeet.data.formats import READERS, read_rows
-from lorikeet.errors import DataError, NotFoundError, UnsupportedFieldError
+from lorikeet.errors import DataError, LorikeetError, NotFoundError, UnsupportedFieldError
 from lorikeet.registry.home import Home
 from lorikeet.registry.records import Actor, Dataset, Upload
 from lorikeet.server.auth import needs, principal
+from lorikeet.server.datasets import refuse_bomb
+from lorikeet.server.listing import Query
 from lorikeet.server.platform import Platform
 from lorikeet.server.predibase import records, uploads
 from lorikeet.server.predibase.config import ROLES
@@ -28,7 +30,7 @@ from lorikeet.server.state import ServerState
 from lorikeet.server.validation import Body, Unsupported, parse, read_body, shown
 
 Row = dict[str, Any]
-CONVERSATIONS = (("user", "assistant"), ("system", "user", "assistant"))
+CONVERSATIONS = (ROLES[1:], ROLES)  # with and without a system message
 
 
 class BeginBody(Body):
@@ -69,10 +71,11 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.get("/v1/datasets/name/{name}")
     @needs("user")
-    async def get(request: Request, name: str, connectionName: str = records.CONNECTION) -> Response:
-        if connectionName != records.CONNECTION:
+    async def get(request: Request, name: str) -> Response:
+        connection = Query(request, "connectionName").text("connectionName")
+        if connection not in (None, records.CONNECTION):
             raise NotFoundError(
-                f"there is no connection {connectionName[:80]!r}", hint=f"the one there is: {records.CONNECTION}",
+                f"there is no connection {shown(connection)}", hint=f"the one there is: {records.CONNECTION}",
                 param="connectionName", code="connection_not_found",
             )  # fmt: skip
         return json_reply(records.dataset(await platform.run(catalog.datasets.get, principal(request).actor, name)))
@@ -96,9 +99,15 @@ def add(home: Home, who: Actor, name: str, upload: Upload) -> Dataset:
     with tempfile.TemporaryDirectory(dir=home.blobs.staging, prefix="rows-") as place:
         folder = Path(place)
         path = uploads.bring(home.blobs, upload, file_name, folder)
-        parts = shaped(read_rows(path))
-        files = {"train": path} if parts is None else {one: _write(folder, one, rows) for one, rows in parts.items()}
-        return home.add_dataset(who, name, files, read_rows)
+        try:
+            refuse_bomb(path, "file")
+            parts = shaped(read_rows(path))
+            files = {"train": path} if parts is None else {s: _write(folder, s, rows) for s, rows in parts.items()}
+            return home.add_dataset(who, name, files, read_rows)
+        except LorikeetError as error:
+            error.message = error.message.replace(f"{folder}/", "")  # the uploader's files, not this machine's
+            error.param = None if error.param is None else error.param.replace(f"{folder}/", "")
+            raise
 
 
 def shaped(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Row]] | None:
@@ -149,6 +158,3 @@ def _write(folder: Path, split: str, rows: Sequence[Row]) -> Path:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path
-
-
-assert set(ROLES) == {role for roles in CONVERSATIONS for role in roles}

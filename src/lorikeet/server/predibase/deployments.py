@@ -16,11 +16,12 @@ from pydantic import Field
 from lorikeet.errors import InvalidRequestError, NotFoundError
 from lorikeet.server import lorax, openai
 from lorikeet.server.auth import needs, principal
+from lorikeet.server.listing import Query
 from lorikeet.server.platform import Platform
 from lorikeet.server.predibase.classify import classify
 from lorikeet.server.replies import json_reply, unless_gone
 from lorikeet.server.state import ServerState
-from lorikeet.server.validation import ApiToken, Body, parse, read_body
+from lorikeet.server.validation import Body, EmptyTextOnly, parse, read_body
 
 SERVING = "/{tenant}/deployments/v2/llms/{deployment}"
 TYPES = {"private", "dedicated"}  # of which there is one; there are no shared or serverless ones
@@ -30,7 +31,7 @@ MAX_TEXTS = 256
 class ClassifyBody(Body):
     model: str | None = None
     input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
-    api_token: ApiToken = None
+    api_token: EmptyTextOnly = None  # the SDK sends a token for this as its key
 
 
 def below(path: str) -> str | None:
@@ -46,8 +47,9 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.get("/v2/deployments")
     @needs("user")
-    async def listing(type: str | None = None) -> Response:
-        return json_reply({"data": [_described(state)] if type is None or type in TYPES else []})
+    async def listing(request: Request) -> Response:
+        kind = Query(request, "type").text("type")
+        return json_reply({"data": [_described(state)] if kind is None or kind in TYPES else []})
 
     @router.get("/v2/deployments/recommended-config")
     @needs("user")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Query, Request, Response, WebSocket
+from fastapi import APIRouter, Request, Response, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from lorikeet.data.formats import read_rows
 from lorikeet.errors import DataError, LorikeetError, UnsupportedFieldError
 from lorikeet.registry.records import Actor, Dataset, Job, JobMetric
 from lorikeet.server.auth import needs, principal
+from lorikeet.server.listing import Query
 from lorikeet.server.platform import Platform
 from lorikeet.server.predibase import records
 from lorikeet.server.predibase.classify import MAX_LABELS
@@ -26,6 +28,19 @@ from lorikeet.server.validation import Body, EmptyObjectOnly, parse, read_body
 
 POLL_SECONDS = 0.5
 PAGE = 1000  # metrics lines of one look
+
+
+class CostBody(Body):
+    """What the SDK knows of a job before it creates it. Nothing depends on it but whom the question is about."""
+
+    baseModel: Any = None
+    datasetName: Any = None
+    taskType: Any = None
+    adapterType: Any = None
+    epochs: Any = None
+    trainSteps: Any = None
+    numGenerations: Any = None
+    maxTokens: Any = None
 
 
 class CreateBody(Body):
@@ -51,9 +66,8 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
     async def cost(request: Request) -> Response:
         """Nothing is billed; that somebody asks is remembered, see `Intentions`."""
         who = principal(request).actor
-        asked = msgspec.json.decode(await read_body(request, state.config.max_body) or b"{}")
-        if isinstance(asked, dict):
-            intentions.asked(who.tenant, who.name, *_about(asked.get("datasetName"), asked.get("baseModel")))
+        asked = parse(CostBody, await read_body(request, state.config.max_body))
+        intentions.asked(who.tenant, who.name, *_about(asked.datasetName, asked.baseModel))
         return json_reply({})
 
     @router.post("/v2/finetuning/jobs")
@@ -69,8 +83,8 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.get("/v2/finetuning/jobs")
     @needs("user")
-    async def listing(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
-        page = await platform.run(catalog.jobs.page, principal(request).actor, limit=limit)
+    async def listing(request: Request) -> Response:
+        page = await platform.run(catalog.jobs.page, principal(request).actor, limit=Query(request, "limit").limit)
         return json_reply({"data": {"jobs": [described(one) for one in page.items if one.kind == "train"]}})
 
     @router.get("/v2/finetuning/jobs/{job}")
@@ -117,13 +131,13 @@ def _create(platform: Platform, base: str, who: Actor, body: CreateBody, config:
             hint="leave it out only when a version is continued", param="base_model", code="invalid_value",
         )  # fmt: skip
     dataset = platform.catalog.datasets.get(who, body.dataset.rpartition("/")[2])
+    recipe = recipe_of(config, dataset, continued=body.continueFromVersion is not None)
     notes: dict[str, Any] = {"params": body.params, "request": request}
     if config.task == "classification":
         notes["labels"] = _labels(platform, who, dataset)
     return submit_training(
-        platform, who, repository=body.repo, dataset=dataset.name,
-        recipe=recipe_of(config, dataset, continued=body.continueFromVersion is not None),
-        description=body.description or "", parent=body.continueFromVersion, notes=notes,
+        platform, who, repository=body.repo, dataset=dataset.name, recipe=recipe, parent=body.continueFromVersion,
+        description=body.description or "", notes=notes,
     )  # fmt: skip
 
 
@@ -144,9 +158,10 @@ async def _stream(socket: WebSocket, platform: Platform, who: Actor, job_id: str
     """From the first line on, so that a client that connects again misses nothing; ends with the job."""
     await platform.run(platform.catalog.jobs.get, who, job_id)
     await socket.accept()
+    leaving = asyncio.create_task(_until_left(socket))
     after, progress = 0, Progress()
     try:
-        while True:
+        while not leaving.done():
             ended, lines, job = await platform.run(_look, platform, who, job_id, after)
             for line in lines:
                 after = line.id
@@ -164,6 +179,15 @@ async def _stream(socket: WebSocket, platform: Platform, who: Actor, job_id: str
         pass  # the client is gone
     except LorikeetError as error:  # the job went away, or the caller's right to it
         await socket.close(code=1011, reason=error.code)
+    finally:
+        leaving.cancel()
+        await asyncio.wait([leaving])
+
+
+async def _until_left(socket: WebSocket) -> None:
+    with suppress(WebSocketDisconnect, RuntimeError):
+        while True:
+            await socket.receive_text()
 
 
 def _look(platform: Platform, who: Actor, job_id: str, after: int) -> tuple[bool, list[JobMetric], Job]:

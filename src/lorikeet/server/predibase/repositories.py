@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 import zipfile
 from collections.abc import Iterator
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from lorikeet.errors import ConflictError, InvalidRequestError, NotFoundError
@@ -16,6 +16,7 @@ from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.records import Actor, Checkpoint, Job, Manifest, Repository, Version
 from lorikeet.registry.references import RegistryReference, parse_reference
 from lorikeet.server.auth import needs, principal
+from lorikeet.server.listing import Query
 from lorikeet.server.platform import Platform
 from lorikeet.server.predibase import records
 from lorikeet.server.predibase.repeats import REPEAT_SECONDS
@@ -50,7 +51,8 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.get("/v2/repos")
     @needs("user")
-    async def listing(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
+    async def listing(request: Request) -> Response:
+        limit = Query(request, "limit").limit
         page = await platform.run(catalog.repositories.page, principal(request).actor, limit=limit)
         return json_reply({"data": {"repos": [records.repository(one, base) for one in page.items]}})
 

@@ -15,6 +15,7 @@ from lorikeet.registry.blobs import Upload as Staged
 from lorikeet.registry.objects import CHUNK
 from lorikeet.registry.records import Actor, Upload, UploadKind
 from lorikeet.server.auth import public
+from lorikeet.server.datasets import MAX_DATASET
 from lorikeet.server.platform import Platform
 from lorikeet.server.state import ServerState
 from lorikeet.server.validation import BodyTooLargeError
@@ -66,10 +67,11 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
         upload = await platform.run(platform.catalog.uploads.find, token)
         if name not in upload.spec["files"]:
             raise NotFoundError(f"the upload takes no file {name[:80]!r}", param="file", code="file_not_found")
-        room = platform.config.max_upload - sum(one["bytes"] for other, one in upload.files.items() if other != name)
+        most = min(platform.config.max_upload, MAX_DATASET) if upload.kind == "dataset" else platform.config.max_upload
+        room = most - sum(one["bytes"] for other, one in upload.files.items() if other != name)
         staged = platform.blobs.begin(f"{upload.id}-{secrets.token_hex(8)}")
         try:
-            digest = await _receive(request, platform, staged, room)
+            digest = await _receive(request, platform, staged, room, most)
             before = upload.files.get(name, {}).get("sha256")
             if before not in (None, digest):
                 raise ConflictError(f"{name} was uploaded before, with other content", hint="begin another upload")
@@ -83,11 +85,9 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
     return router
 
 
-async def _receive(request: Request, platform: Platform, staged: Staged, room: int) -> str:
+async def _receive(request: Request, platform: Platform, staged: Staged, room: int, most: int) -> str:
     """Write the body to the staged file; its sha256. Raises `BodyTooLargeError` for more than `room` bytes."""
-    too_large = BodyTooLargeError(
-        f"the upload is larger than {platform.config.max_upload} bytes", hint="raise --max-upload of the server"
-    )
+    too_large = BodyTooLargeError(f"the upload is larger than {most} bytes", hint="upload less at once")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > room:
         raise too_large
