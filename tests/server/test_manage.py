@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.server.hosting import Hosted, hosted
+from tests.server.hosting import Hosted, hosted, own_cache
 
 
-@pytest.fixture
-def server(checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], cache: Path, tmp_path: Path) -> Any:
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """Room for one of the larger adapters `adapter-00` to `adapter-03` and a little more."""
-    served = tmp_path / "served"
-    served.mkdir()
+    served = tmp_path_factory.mktemp("served")
     for one in adapters("llama", 4):
         (served / one.name).symlink_to(one, target_is_directory=True)
-    with hosted(checkpoint("llama"), served, max_context=128, adapter_memory=72 * 1024) as running:
+    with (
+        own_cache(tmp_path_factory.mktemp("cache")),
+        hosted(checkpoint("llama"), served, max_context=128, adapter_memory=72 * 1024) as running,
+    ):
         yield running
 
 
