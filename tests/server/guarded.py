@@ -161,5 +161,5 @@ def _furnish(platform: Platform, victim: Actor, adapter: Path, home: Path) -> di
     return {
         "repo": NAME, "name": NAME, "dataset": NAME, "alias": "production", "number": "1", "other": "2", "tag": "1",
         "path": "README.md", "job_id": job.id, "job": job.id, "tenant": victim.tenant, "deployment": "llama",
-        "action": "load", "key_id": caller(catalog, NAME, "user", victim.tenant).key.id, "task": "intent",
+        "action": "load", "key_id": caller(catalog, NAME, "user", victim.tenant).key.id, "task": "x",
     }  # fmt: skip
