@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import insert, text
 from tests.registry.postgres import MISSING, find_binaries, private_postgres
 
 from lorikeet.registry.catalog import Catalog, open_catalog
 from lorikeet.registry.database import Database
 from lorikeet.registry.migration import migrate
-from lorikeet.registry.records import Actor
+from lorikeet.registry.records import DEFAULT_TENANT, Actor
+from lorikeet.registry.schema import Rows, TenantRow
 
 NOW = 1_800_000_000.0
-MakeUrl = Callable[[], str]
+Reset = Callable[..., str]
 
 
 class Clock:
@@ -30,28 +30,31 @@ class Clock:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[MakeUrl]:
-    """Makes databases with the catalog's tables: copies of one that was migrated."""
+def postgres() -> Iterator[Reset]:
+    """Empties the catalog of the one database of a private server, and gives its URL."""
     binaries = find_binaries()
     if binaries is None:
         pytest.skip(MISSING)
     with private_postgres(binaries) as url:
-        admin = create_engine(url.replace("postgresql://", "postgresql+psycopg://"), isolation_level="AUTOCOMMIT")
-        with admin.connect() as connection:
-            connection.execute(text("CREATE DATABASE migrated"))
-        template = Database(url.replace("/postgres?", "/migrated?"))
-        migrate(template)
-        template.close()
-        count = itertools.count()
+        migrated = Database(url)
+        migrate(migrated)
+        head = "SELECT version_num FROM alembic_version"
+        with migrated.engine.connect() as connection:
+            version = connection.execute(text(head)).scalar_one()
+        tables = ", ".join(f'"{name}"' for name in Rows.metadata.tables)
 
-        def make() -> str:
-            name = f"test_{next(count)}"
-            with admin.connect() as connection:
-                connection.execute(text(f"CREATE DATABASE {name} TEMPLATE migrated"))
-            return url.replace("/postgres?", f"/{name}?")
+        def reset(*, tables_too: bool = False) -> str:
+            with migrated.engine.begin() as connection:
+                if tables_too:
+                    connection.execute(text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
+                else:
+                    connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY CASCADE"))
+                    connection.execute(insert(TenantRow).values(id=DEFAULT_TENANT, name="default", created=NOW))
+                    connection.execute(text(f"UPDATE alembic_version SET version_num = '{version}'"))
+            return url
 
-        yield make
-        admin.dispose()
+        yield reset
+        migrated.close()
 
 
 @pytest.fixture
@@ -64,8 +67,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
     """Where an empty catalog may be."""
     if request.param == "sqlite":
         return tmp_path / "catalog.db"
-    make: MakeUrl = request.getfixturevalue("postgres")
-    return make()
+    reset: Reset = request.getfixturevalue("postgres")
+    return reset()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def nowhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """Where there is no catalog yet."""
+    if request.param == "sqlite":
+        return tmp_path / "catalog.db"
+    reset: Reset = request.getfixturevalue("postgres")
+    return reset(tables_too=True)
 
 
 @pytest.fixture
