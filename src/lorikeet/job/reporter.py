@@ -18,7 +18,7 @@ from lorikeet.types import ErrorInfo
 
 log = logging.getLogger("lorikeet.job")
 
-FLUSH_SECONDS = 1.0
+FLUSH_SECONDS = 0.5
 PATIENCE_SECONDS = 60.0  # for a catalog that does not answer, at the words that matter
 MAX_LOG = 16 * 2**20  # bytes
 

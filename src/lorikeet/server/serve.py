@@ -76,9 +76,9 @@ def make_state(config: ServeConfig, engine: EngineClient | None = None) -> Serve
     folder = find_model(config.engine.model)
     base = base_model(folder, base_name(config, folder))
     catalogue = Catalogue(None if config.adapters is None else Path(config.adapters), base.name)
+    platform = None if config.platform is None else Platform(config.platform, config.engine.model)
     engine = engine or EngineClient(config.engine)
     fetcher = Fetcher(config.adapter_sources, cache_folder() / "downloads", config.sources)
-    platform = None if config.platform is None else Platform(config.platform, config.engine.model)
     models = Models(base, catalogue, engine, fetcher)
     if platform is not None:
         models.registry = RegistryAdapters(platform.home)

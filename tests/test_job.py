@@ -1,0 +1,223 @@
+"""Training jobs as their process runs them, in this process, on a tiny base: joined, canceled, broken, gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import to_builtins
+
+from lorikeet.adapters.files import AdapterFile
+from lorikeet.config import JobRecipe
+from lorikeet.data.formats import read_rows
+from lorikeet.errors import LeaseLostError
+from lorikeet.job import training
+from lorikeet.job.evaluation import run_evaluation
+from lorikeet.job.orders import Orders, job_folder, log_path, read_orders
+from lorikeet.job.reporter import Reporter
+from lorikeet.job.training import TrainingRun
+from lorikeet.registry.home import Home, open_home
+from lorikeet.registry.records import Actor, Job, JobRequest, Lease
+
+WHO = Actor()
+ROWS = [{"text": f"the fox {word}", "label": word[0]} for word in ("runs", "sings", "jumps", "looks")] * 4
+RECIPE: dict[str, Any] = {
+    "prompt": "{text}:", "completion": " {label}", "epochs": 3, "rank": 2, "alpha": 4.0, "batch_rows": 4,
+    "learning_rate": 1e-3, "evaluate": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    opened = open_home(tmp_path / "home")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    opened.add_dataset(WHO, "rows", {"train": path, "test": path}, read_rows)
+    opened.catalog.repositories.create(WHO, "r")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Callable[..., Path]) -> str:
+    return str(checkpoint("llama"))
+
+
+def submit(home: Home, parent: str | None = None, dataset: str = "rows", **recipe: Any) -> Job:
+    dataset_id = home.catalog.datasets.get(WHO, dataset).id
+    spec = {"recipe": RECIPE | recipe, "dataset": dataset}
+    request = JobRequest(kind="train", spec=spec, base="tiny", repository="r", parent=parent, dataset_id=dataset_id)
+    return home.catalog.jobs.submit(WHO, request)
+
+
+def claim(home: Home, seconds: float = 60, limit: int = 9) -> list[Reporter]:
+    leases = home.catalog.jobs.claim("test", seconds, limit=limit)
+    return [Reporter(home.catalog, lease, home.folder, seconds) for lease in leases]
+
+
+def run(home: Home, model: str, leave: Callable[[], bool] = lambda: False) -> None:
+    TrainingRun(home, model, claim(home)).run(leave)
+
+
+def job_of(home: Home, job: Job) -> Job:
+    return home.catalog.jobs.get(WHO, job.id)
+
+
+def losses(home: Home, job: Job) -> dict[int, float | None]:
+    return {one.step: one.loss for one in home.catalog.jobs.metrics(WHO, job.id)}
+
+
+def tensors(home: Home, reference: str) -> dict[Any, Any]:
+    with AdapterFile(home.adapter_folder(WHO, reference)[1]) as file:
+        return dict(file.load()[0])
+
+
+def after_steps(count: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call `act` once, before step `count` + 1 of the run."""
+    step, calls = training.JointTrainer.step, []
+
+    def counted(self: Any) -> Any:
+        calls.append(1)
+        if len(calls) == count + 1:
+            act()
+        return step(self)
+
+    monkeypatch.setattr(training.JointTrainer, "step", counted)
+
+
+def test_joined_jobs_are_as_alone(home: Home, model: str) -> None:
+    """Two that share their passes learn what each learns alone; one that breaks, and one with bad rows, end alone."""
+    alone = submit(home, seed=7)
+    run(home, model)
+    same, other = submit(home, seed=7), submit(home, seed=8, rank=4, epochs=2)
+    broken = submit(home, learning_rate=1e30, clip=0.0)
+    bad = submit(home, completion="{text}{nothing}")
+    run(home, model)
+    states = [job_of(home, one).state for one in (alone, same, other, broken, bad)]
+    assert states == ["completed", "completed", "completed", "errored", "errored"]
+    assert losses(home, same) == pytest.approx(losses(home, alone), rel=1e-5)
+    assert sorted(losses(home, other)) == list(range(1, 9))
+    assert (job_of(home, same).result or {})["joined"] == 3
+    assert (job_of(home, broken).error or {})["code"] == "training_failed"
+    assert "nothing" in (job_of(home, bad).error or {})["message"]
+    assert str(home.folder) not in json.dumps(job_of(home, bad).error)
+    first, second = (home.catalog.versions.get(WHO, "r", one.number or 0) for one in (alone, same))
+    assert first.lock == second.lock and first.recipe_sha256 == second.recipe_sha256
+    assert not list(job_folder(home.folder, alone.id).glob("*.safetensors"))  # nothing to go on from is left
+
+
+def test_one_leaves_and_comes_back(home: Home, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = submit(home, seed=3)
+    run(home, model)
+    leaver, other = submit(home, seed=3), submit(home, seed=4)
+    reporters = claim(home)
+    mine = next(one for one in reporters if one.job.id == leaver.id)
+
+    def leave() -> None:
+        home.catalog.jobs.cancel(WHO, leaver.id)
+        mine._beat = 0.0
+        mine.flush()
+
+    after_steps(5, leave, monkeypatch)
+    TrainingRun(home, model, reporters).run(lambda: False)
+    assert job_of(home, leaver).state == "canceled" and job_of(home, other).state == "completed"
+    assert max(losses(home, leaver)) == 6  # the step that was under way
+    home.catalog.jobs.resume(WHO, leaver.id)
+    run(home, model)
+    assert job_of(home, leaver).state == "completed"
+    assert losses(home, leaver) == pytest.approx(losses(home, whole), rel=1e-5)
+    assert "goes on from step 6" in log_path(home.folder, leaver.id).read_text()
+
+
+def test_told_to_leave(home: Home, model: str) -> None:
+    """SIGTERM: back to the queue with a checkpoint, the attempt not counted."""
+    job, calls = submit(home), []
+
+    def leave() -> bool:
+        calls.append(1)
+        return len(calls) > 4
+
+    run(home, model, leave)
+    found = job_of(home, job)
+    assert (found.state, found.attempts) == ("queued", 0) and max(losses(home, job)) == 4
+    run(home, model)
+    assert job_of(home, job).state == "completed" and sorted(losses(home, job)) == list(range(1, 13))
+
+
+def test_a_lease_that_was_lost(home: Home, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else has the job: nothing more is said, and its checkpoint stays as it was."""
+    job = submit(home)
+    reporters = claim(home, seconds=1e-6)
+
+    def lose() -> None:
+        assert [one.id for one in home.catalog.jobs.expire()] == [job.id]
+        reporters[0].flush()
+
+    after_steps(3, lose, monkeypatch)
+    TrainingRun(home, model, reporters).run(lambda: False)
+    assert job_of(home, job).state == "queued" and reporters[0].over
+    with pytest.raises(LeaseLostError):
+        home.catalog.jobs.heartbeat(reporters[0]._lease, 1.0)
+
+
+def test_goes_on_from_a_version_and_from_a_checkpoint(home: Home, model: str) -> None:
+    parent = submit(home, learning_rate=0.05)
+    run(home, model)
+    steps = [one.step for one in home.catalog.versions.checkpoints(WHO, "r", 1)]
+    assert steps == [4, 8]
+    still = {"learning_rate": 1e-12, "epochs": 0.25, "warmup": 0.0}
+    child, grandchild = submit(home, parent="r/1", **still), submit(home, parent="r/1@4", **still)
+    run(home, model)
+    assert [job_of(home, one).state for one in (child, grandchild)] == ["completed"] * 2
+    for reference, of in (("r/2", "r/1"), ("r/3", "r/1@4")):
+        one, other = tensors(home, reference), tensors(home, of)
+        assert all(abs(one[key] - other[key]).max() < 1e-6 for key in other)
+    assert [one.reference for one in home.catalog.versions.lineage(WHO, child.version_id or "")] == ["r/2", "r/1"]
+    wrong = submit(home, parent="r/1", rank=4)
+    run(home, model)
+    assert (job_of(home, wrong).error or {})["param"] in ("rank", "alpha")
+    assert job_of(home, parent).state == "completed"
+
+
+def test_judging(home: Home, model: str) -> None:
+    submit(home, epochs=1)
+    run(home, model)
+    version = home.catalog.versions.get(WHO, "r", 1)
+    data = home.catalog.datasets.get(WHO, "rows")
+    spec = {"recipe": {"baseline": "tfidf"}, "dataset": "rows", "task": "letters", "version": version.id}
+    job = home.catalog.jobs.submit(WHO, JobRequest(kind="evaluate", spec=spec, base="tiny", dataset_id=data.id))
+    (reporter,) = claim(home)
+    run_evaluation(home, model, reporter, lambda: False)
+    found = job_of(home, job)
+    assert found.state == "completed", found.error
+    base, adapter = sorted(home.catalog.evaluations.find(WHO, job_id=job.id), key=lambda one: one.version_id or "")
+    assert base.version_id is None and adapter.version_id == version.id
+    assert adapter.metric == "accuracy" and adapter.n == 16 and adapter.low is not None
+    assert adapter.result["baseline"] == 1.0  # the test rows are the training rows
+
+
+def test_orders_are_private(home: Home, tmp_path: Path) -> None:
+    submit(home)
+    leases: list[Lease] = home.catalog.jobs.claim("test", 60)
+    orders = Orders(
+        home="h", catalog="postgresql://u:secret@db/x", blobs=None, model="m", lease_seconds=1.0, threads=1,
+        leases=leases,
+    )  # fmt: skip
+    orders.write(tmp_path / "deep" / "orders.json")
+    assert (tmp_path / "deep" / "orders.json").stat().st_mode & 0o777 == 0o600
+    assert to_builtins(read_orders(tmp_path / "deep" / "orders.json")) == to_builtins(orders)
+
+
+def test_log_lines_cannot_be_forged(home: Home) -> None:
+    job = submit(home)
+    (reporter,) = claim(home)
+    reporter.log("a\n2026-01-01T00:00:00Z completed\x1b[2J")
+    assert len(log_path(home.folder, job.id).read_text().splitlines()) == 1
+    assert "\x1b" not in log_path(home.folder, job.id).read_text()
+
+
+def test_recipes_of_jobs_have_the_fields_of_recipes() -> None:
+    assert set(RECIPE) <= set(JobRecipe.__struct_fields__)
