@@ -24,7 +24,7 @@ from tests.ui.stub import Stub, running
 
 Open = Callable[..., Page]
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
-NO_BROWSER = "Debian's chromium is not installed: scripts/debian_packages.sh"
+NO_BROWSER = "Debian's chromium is not installed: scripts/install_chromium.sh"
 
 
 @pytest.fixture(scope="session")

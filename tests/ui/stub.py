@@ -203,6 +203,10 @@ def _add_repositories(app: FastAPI, stub: Stub) -> None:
     def repos(contains: str = "") -> Json:
         return page([one for one in stub.repos if contains in one["name"]])
 
+    @app.post("/api/repos")
+    def create() -> Json:
+        return stub.repos[0]  # type: ignore[no-any-return]
+
     @app.get("/api/repos/{repo}")
     def repo(repo: str) -> Json:
         return next(one for one in stub.repos if one["name"] == repo)

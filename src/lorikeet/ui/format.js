@@ -74,5 +74,7 @@ export function plural(amount, one, many = `${one}s`) {
 export function value(found) {
   if (missing(found)) return NONE;
   if (typeof found === "number") return number(found, 4);
-  return typeof found === "object" ? JSON.stringify(found) : String(found);
+  if (typeof found !== "object") return String(found);
+  if (Array.isArray(found)) return found.map(value).join(", ") || "none";
+  return Object.entries(found).filter(([, one]) => !missing(one)).map(([name, one]) => `${name.replaceAll("_", " ")} ${value(one)}`).join(", ");
 }

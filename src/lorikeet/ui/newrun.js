@@ -108,17 +108,16 @@ function Preview({ preview }) {
 
 /** The preview of what is typed, asked for once typing has paused. */
 function usePreview(name, recipe) {
-  const [state, setState] = useState({ preview: null, error: null, busy: false });
+  const [state, setState] = useState({ preview: null, error: null, of: null });
   useEffect(() => {
     if (!name || !recipe) return undefined;
     const controller = new AbortController();
-    setState((before) => ({ ...before, busy: true }));
     const timer = setTimeout(async () => {
       try {
         const preview = await call("POST", path`api/datasets/${name}/preview`, JSON.parse(recipe), { signal: controller.signal });
-        setState({ preview, error: null, busy: false });
+        setState({ preview, error: null, of: recipe });
       } catch (error) {
-        if (error.name !== "AbortError") setState({ preview: null, error, busy: false });
+        if (error.name !== "AbortError") setState({ preview: null, error, of: recipe });
       }
     }, 350);
     return () => {
@@ -126,7 +125,7 @@ function usePreview(name, recipe) {
       controller.abort();
     };
   }, [name, recipe]);
-  return state;
+  return { ...state, busy: state.of !== recipe };
 }
 
 /** The fields of the form as a job's recipe. Raises for a number that is none. */
@@ -177,6 +176,7 @@ export function NewRun({ query }) {
   const { preview, error: previewError, busy: looking } = usePreview(dataset?.name, recipe);
   const broken = (preview?.audit ?? []).some((one) => one.level === "error");
   const [start, busy, error] = useAction(async () => {
+    await call("POST", "api/repos", { name: form.repo.trim(), exists_ok: true });
     const job = await call("POST", "api/jobs", { kind: "train", repo: form.repo.trim(), dataset: dataset.name, recipe: JSON.parse(recipe), description: form.description });
     window.location.hash = path`#/runs/${job.id}`;
   });

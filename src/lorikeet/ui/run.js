@@ -70,7 +70,7 @@ function Timeline({ events }) {
   if (!events.length) return html`<p class="muted">Nothing happened yet.</p>`;
   return html`
     <ol class="timeline" tabindex="0" aria-label="Timeline">
-      ${events.map((event) => html`<li key=${event.id}><time title=${moment(event.at)}>${moment(event.at).slice(11)}</time><span><strong>${event.kind}</strong>${event.message ? ` ${event.message}` : ""}</span></li>`)}
+      ${events.map((event) => html`<li key=${event.id}><time title=${moment(event.at)}>${moment(event.at).slice(11)}</time><span><strong>${event.kind}</strong>${event.message ? ` ${event.message}` : ""}${event.data ? html` <span class="muted">${value(event.data)}</span>` : null}</span></li>`)}
     </ol>`;
 }
 
