@@ -110,6 +110,7 @@ NO_TORCH = [
     "lorikeet.engine.residency",
     "lorikeet.engine.scheduler",
     "lorikeet.engine.grammar",
+    "lorikeet.engine.compiler",
     "lorikeet.engine.fairness",
     "lorikeet.engine.link",
     "lorikeet.server.app",

@@ -144,6 +144,9 @@ class Runner:
         if len(sampled):
             picked = logits if len(scored.slot) == 0 else logits[self._tensor(scored.sample_rows)]
             slots, positions = rows.slot[sampled], (rows.start + rows.count)[sampled]
+            if not self.slab.slab.vocabulary:
+                self._sample(picked, slots, positions, plan, outcome)
+                return
             for some, at in self._by_vocabulary(picked, rows.handle[sampled]):
                 self._sample(some, slots[at], positions[at], plan, outcome)
 
