@@ -49,6 +49,16 @@ class LorikeetError(Exception):
             param=self.param,
         )
 
+    def without(self, folder: Path) -> LorikeetError:
+        """The same error, which tells nothing of where on this machine the folder is; files in it keep their names."""
+
+        def cut(text: str | None) -> str | None:
+            return text and text.replace(f"{folder}/", "").replace(str(folder), "what was sent")
+
+        self.message, self.hint, self.param = cut(self.message) or "", cut(self.hint), cut(self.param)
+        self.args = (self.message,)
+        return self
+
     @staticmethod
     def from_info(info: ErrorInfo) -> LorikeetError:
         error = LorikeetError(

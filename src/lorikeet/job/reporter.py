@@ -161,14 +161,9 @@ def told(error: Exception, folders: Sequence[Path] = ()) -> ErrorInfo:
     if not isinstance(error, LorikeetError):
         what = f"the job failed: {type(error).__name__}: {error}"
         return ErrorInfo(code="job_failed", message=what, hint="its log has the details")
-    info = error.info()
-    message, hint = info.message, info.hint
     for folder in folders:
-        message = message.replace(f"{folder}/", "")
-        hint = hint and hint.replace(f"{folder}/", "")
-    return ErrorInfo(
-        code=info.code, message=message, status=info.status, hint=hint, retryable=info.retryable, param=info.param
-    )
+        error = error.without(folder)
+    return error.info()
 
 
 def _one_line(text: str) -> str:

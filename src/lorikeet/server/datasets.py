@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ from pydantic import Field
 
 from lorikeet.config import AdapterRecipe, JobRecipe, job_adapter, read_fields
 from lorikeet.data.formats import READERS, Row, read_rows
-from lorikeet.errors import ConfigError, DataError, InvalidRequestError, UnsupportedFieldError
+from lorikeet.errors import DataError, InvalidRequestError, UnsupportedFieldError
 from lorikeet.model.families import load_spec
 from lorikeet.model.sources import find_model
 from lorikeet.model.tokenizer import Tokenizer
@@ -21,7 +20,7 @@ from lorikeet.registry.home import SPLITS
 from lorikeet.registry.records import Actor, Dataset
 from lorikeet.registry.references import check_name
 from lorikeet.server.auth import needs, principal
-from lorikeet.server.forms import copy_to, fields_of, files_of, is_form, read_form
+from lorikeet.server.forms import copy_to, fields_of, files_of, is_form, read_form, staged
 from lorikeet.server.listing import Query, page_reply, plain
 from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
@@ -117,7 +116,7 @@ def _from_form(platform: Platform, who: Actor, fields: dict[str, str], uploads: 
     seed = fields.get("seed", "0")
     if not (seed.isascii() and seed.isdecimal()):
         raise UnsupportedFieldError(f"'seed': expected a whole number, found {seed[:80]!r}", param="seed")
-    with tempfile.TemporaryDirectory(dir=platform.blobs.staging, prefix="dataset-") as place:
+    with staged(platform.blobs.staging, "dataset-") as place:
         files: dict[str, Path] = {}
         for field, upload in uploads:
             split = "train" if field == "file" else field
@@ -132,39 +131,30 @@ def _from_form(platform: Platform, who: Actor, fields: dict[str, str], uploads: 
                     f"'{field}': files of the kind {suffix or 'without a suffix'} are not read, expected "
                     f"{', '.join(READERS)}", param=field, hint="archives are not unpacked; send the file itself",
                 )  # fmt: skip
-            files[split] = copy_to(upload, Path(place) / f"{split}{suffix}")
+            files[split] = copy_to(upload, place / f"{split}{suffix}")
             refuse_bomb(files[split], field)
         if "train" not in files:
             raise UnsupportedFieldError("field 'file' is missing", param="file", code="invalid_value")
-        return _add(platform, who, name, files, fields.get("description", ""), shares, int(seed), Path(place))
+        return _add(platform, who, name, files, fields.get("description", ""), shares, int(seed))
 
 
 def _from_rows(platform: Platform, who: Actor, body: RowsBody) -> Dataset:
-    with tempfile.TemporaryDirectory(dir=platform.blobs.staging, prefix="dataset-") as place:
+    with staged(platform.blobs.staging, "dataset-") as place:
         files = {}
         for split, rows in (("train", body.rows), ("validation", body.validation), ("test", body.test)):
             if rows is not None:
-                files[split] = Path(place) / f"{split}.jsonl"
+                files[split] = place / f"{split}.jsonl"
                 files[split].write_text(
                     "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows), "utf-8"
                 )
-        return _add(
-            platform, who, check_name(body.name), files, body.description, body.shares or {}, body.seed, Path(place)
-        )
+        return _add(platform, who, check_name(body.name), files, body.description, body.shares or {}, body.seed)
 
 
 def _add(
     platform: Platform, who: Actor, name: str, files: dict[str, Path], description: str, shares: dict[str, float],
-    seed: int, place: Path,
+    seed: int,
 ) -> Dataset:  # fmt: skip
-    try:
-        return platform.home.add_dataset(
-            who, name, files, read_rows, shares=shares, seed=seed, description=description
-        )  # fmt: skip
-    except (ConfigError, DataError) as error:
-        error.message = error.message.replace(f"{place}/", "")  # the uploader's files, not this machine's
-        error.param = None if error.param is None else error.param.replace(f"{place}/", "")
-        raise
+    return platform.home.add_dataset(who, name, files, read_rows, shares=shares, seed=seed, description=description)
 
 
 def _shares(text: str | None) -> dict[str, float]:
@@ -210,15 +200,15 @@ def _first_rows(platform: Platform, dataset: Dataset, split: str, count: int) ->
 def _preview(platform: Platform, dataset: Dataset, recipe: JobRecipe) -> Json:
     folder = find_model(platform.model)
     tokenizer, context = Tokenizer(folder), load_spec(folder).max_context
-    with tempfile.TemporaryDirectory(prefix="preview-") as place:
+    with staged(platform.blobs.staging, "preview-") as place:
         splits = {}
         for split in dataset.splits:
             splits[split] = f"{split}.jsonl"
             rows = _first_rows(platform, dataset, split, PREVIEW_READ)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (Path(place) / splits[split]).write_text(lines, "utf-8")
+            (place / splits[split]).write_text(lines, "utf-8")
         adapter = job_adapter(recipe, "preview", splits)
-        data, audit = prepare(adapter, tokenizer, context, Path(place))
+        data, audit = prepare(adapter, tokenizer, context, place)
     findings = [("error", one) for one in audit.errors] + [("warning", one) for one in audit.warnings]
     return {
         "rows": [{"line": one.line, "pieces": _pieces(one, tokenizer)} for one in data.train[:PREVIEW_ROWS]],

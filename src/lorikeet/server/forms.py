@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from lorikeet.errors import InvalidRequestError, UnsupportedFieldError
+from lorikeet.errors import InvalidRequestError, LorikeetError, UnsupportedFieldError
 from lorikeet.server.validation import BodyTooLargeError, shown
 
 MAX_FILES = 32
@@ -78,6 +79,16 @@ def fields_of(form: FormData, *known: str) -> dict[str, str]:
 def files_of(form: FormData) -> list[tuple[str, UploadFile]]:
     """(field, file) in the order they came."""
     return [(name, value) for name, value in form.multi_items() if isinstance(value, UploadFile)]
+
+
+@contextmanager
+def staged(staging: Path, prefix: str) -> Iterator[Path]:
+    """A folder for what a request sent; gone afterwards, and not named in errors."""
+    with tempfile.TemporaryDirectory(dir=staging, prefix=prefix) as place:
+        try:
+            yield Path(place)
+        except LorikeetError as error:
+            raise error.without(Path(place)) from error.__cause__
 
 
 def copy_to(upload: UploadFile, path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ from lorikeet.registry.difference import compare
 from lorikeet.registry.home import TAKEN
 from lorikeet.registry.records import Actor, Repository, Version, VersionContent
 from lorikeet.server.auth import needs, principal
-from lorikeet.server.forms import copy_to, fields_of, files_of, is_form, read_form
+from lorikeet.server.forms import copy_to, fields_of, files_of, is_form, read_form, staged
 from lorikeet.server.listing import Query, page_reply, plain
 from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
@@ -176,8 +175,7 @@ def _add_versions(router: APIRouter, state: ServerState, platform: Platform) -> 
         if is_form(request):
             async with read_form(request, platform.config.max_upload) as form:
                 description = fields_of(form, "description").get("description", "")
-                with tempfile.TemporaryDirectory(dir=platform.blobs.staging, prefix="adapter-") as place:
-                    folder = Path(place)
+                with staged(platform.blobs.staging, "adapter-") as folder:
                     await platform.run_slow(_take_files, files_of(form), folder)
                     content = await _checked(state, platform, folder, "upload")
         else:
@@ -210,9 +208,9 @@ async def _made(state: ServerState, platform: Platform, who: Actor, body: Versio
     if body.api_token is not None:
         raise UnsupportedFieldError("'api_token': only with 'source'", param="api_token", code="invalid_value")
     spec = body.merge.spec()
-    with tempfile.TemporaryDirectory(dir=platform.blobs.staging, prefix="merge-") as place:
-        exact = await platform.run_slow(_merge, platform, who, spec, Path(place) / "merged")
-        content = await _checked(state, platform, Path(place) / "merged", "merge")
+    with staged(platform.blobs.staging, "merge-") as place:
+        exact = await platform.run_slow(_merge, platform, who, spec, place / "merged")
+        content = await _checked(state, platform, place / "merged", "merge")
     recipe = {"merge": body.merge.model_dump(exclude_none=True) | {"adapters": exact}}
     return msgspec.structs.replace(content, recipe=recipe)
 
