@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorikeet import __version__, cli_keys, cli_up
+from lorikeet import __version__, cli_jobs, cli_keys, cli_up
 from lorikeet.cli_flags import one_of
 from lorikeet.cli_progress import adapter_folder, progress
 from lorikeet.cli_registry import add_commands
@@ -165,6 +165,7 @@ def serve(
 
 app.command(epilog=cli_up.EPILOG)(cli_up.up)
 app.add_typer(cli_keys.keys_app, name="keys")
+app.add_typer(cli_jobs.jobs_app, name="jobs")
 
 
 @app.command(

@@ -83,6 +83,13 @@ def _error(error: Any, status: int, retry_after: str | None = None) -> LorikeetE
     )
 
 
+def _nobody(http: httpx.Client | httpx.AsyncClient, error: Exception) -> UnavailableError:
+    return UnavailableError(
+        f"no server answers at {http.base_url}: {error}",
+        hint="start one with `lorikeet serve` or `lorikeet up`, or name its address",
+    )
+
+
 def _delta(line: str) -> str | None:
     """The text of one SSE line; None where it carries none. An error in the stream is raised."""
     if not line.startswith("data:"):
@@ -143,6 +150,25 @@ class Client:
             for line in reply.iter_lines():
                 if (text := _delta(line)) is not None:
                     yield text
+
+    def api(self, method: str, path: str, body: Fields | None = None, **query: Any) -> Any:
+        """A call of the platform's API, such as `api("GET", "/api/jobs", limit=5)`; None where it answers nothing."""
+        chosen = {name: value for name, value in query.items() if value is not None}
+        try:
+            reply = self._http.request(method, path, json=body, params=chosen or None)
+        except httpx.ConnectError as error:
+            raise _nobody(self._http, error) from None
+        return None if reply.status_code == 204 else _checked(reply)
+
+    def events(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
+        """The JSON of each server-sent event, such as `events("/api/jobs/ID/stream")`, until the server ends them."""
+        with self._http.stream("GET", path, params=query or None, timeout=httpx.Timeout(600.0, read=60.0)) as reply:
+            if not reply.is_success:
+                reply.read()
+                _checked(reply)
+            for line in reply.iter_lines():
+                if line.startswith("data:"):
+                    yield json.loads(line[5:])
 
     def ready(self) -> bool:
         """True when the server takes requests; False while it starts, drains or cannot be reached."""
@@ -222,10 +248,7 @@ class AsyncClient:
                             raise
                         await asyncio.sleep(error.retry_after or 1.0)
                     except httpx.ConnectError as error:
-                        raise UnavailableError(
-                            f"no server answers at {self._http.base_url}: {error}",
-                            hint="start one with `lorikeet serve`, or name its address",
-                        ) from None
+                        raise _nobody(self._http, error) from None
                     else:
                         if on_done is not None:
                             on_done(index)
