@@ -92,14 +92,13 @@ function speed({ usage, times }) {
   return seconds > 0 ? (usage.completion_tokens - 1) / seconds : null;
 }
 
-function Answer({ model, answer, odds, onRemove }) {
+function Answer({ model, answer, odds }) {
   const title = html`<h2>${model}</h2>`;
-  const remove = html`<button type="button" class="small" aria-label=${`Remove ${model}`} onClick=${onRemove}>Remove</button>`;
-  if (!answer) return html`<section class="answer" aria-label=${model}><header>${title}<span class="push"></span>${remove}</header><div class="text muted">No answer yet.</div></section>`;
+  if (!answer) return html`<section class="answer" aria-label=${model}><header>${title}</header><div class="text muted">No answer yet.</div></section>`;
   const rate = speed(answer);
   return html`
     <section class="answer" aria-label=${model}>
-      <header>${title}<span class=${`state state-${answer.status === "failed" ? "errored" : answer.status === "done" ? "completed" : answer.status}`}>${answer.status}</span>${remove}</header>
+      <header>${title}<span class=${`state state-${answer.status === "failed" ? "errored" : answer.status === "done" ? "completed" : answer.status}`}>${answer.status}</span></header>
       ${answer.error ? html`<${Problem} error=${answer.error} />` : null}
       <div class="text" aria-busy=${answer.status === "running"} tabindex="0" role="group" aria-label=${`Answer of ${model}`}>${odds && answer.tokens.length ? html`<${Tokens} tokens=${answer.tokens} label=${model} />` : answer.text}</div>
       <footer>
@@ -234,7 +233,7 @@ export function Playground({ query }) {
       </div>
     </div>
     <div class="columns">
-      ${models.map((model) => html`<${Answer} key=${model} model=${model} answer=${answers.get(model)} odds=${form.odds} onRemove=${() => change({ models: models.filter((one) => one !== model) })} />`)}
+      ${models.map((model) => html`<${Answer} key=${model} model=${model} answer=${answers.get(model)} odds=${form.odds} />`)}
     </div>
     ${listing.data && !repos.length ? html`<section class="empty"><h2>No adapter yet</h2><p>The base answers alone until there is one. <a href="#/runs/new">Train one from your own rows</a>.</p><${Demo} /></section>` : null}
     ${models.length ? html`<${Snippet} form=${{ ...form, models }} onForm=${change} />` : null}`;
