@@ -123,6 +123,7 @@ def test_the_log_cannot_be_forged(guarded: Guarded) -> None:
     logging.getLogger("lorikeet.server").warning("a name: %s", evil)
     lines = guarded.log.getvalue().splitlines()
     assert any("a name: " in line for line in lines)
+    assert not any(line.startswith("ERROR:     forged") for line in lines)
     assert all(RECORD.match(line) for line in lines if line), [
         line for line in lines if line and not RECORD.match(line)
     ]

@@ -27,7 +27,9 @@ def create_app(state: ServerState) -> FastAPI:
     `state.access` is made here, and is to be closed by who serves the application.
     """
     platform = state.platform
-    state.access = access = Access(state.config, None if platform is None else platform.catalog)
+    state.access = access = (
+        Access(state.config) if platform is None else Access(state.config, platform.catalog, platform.run)
+    )
     app = FastAPI(
         title="Lorikeet", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
         dependencies=[Depends(access.authorise)],

@@ -25,7 +25,7 @@ from starlette.requests import HTTPConnection
 from lorikeet.config import ServeConfig
 from lorikeet.errors import ConfigError, ForbiddenError, LorikeetError
 from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, Role
-from lorikeet.server.limits import Limits, Meter
+from lorikeet.server.limits import Limits, Meter, Run
 
 if TYPE_CHECKING:
     from lorikeet.registry.catalog import Catalog
@@ -126,22 +126,24 @@ class Access:
 
     With a catalog that has keys, or with `--api-key`, a request carries one. Without, whoever reaches the server is
     an admin of the default tenant: with a catalog that takes a loopback address, else `ConfigError`; and a browser
-    there must come from the server's own page.
+    there must come from the server's own page. `run` is how the catalog is asked: a slow caller of other threads
+    must not keep everybody at the door.
     """
 
-    def __init__(self, config: ServeConfig, catalog: Catalog | None = None) -> None:
+    def __init__(self, config: ServeConfig, catalog: Catalog | None = None, run: Run = asyncio.to_thread) -> None:
         self._config = config
         self._catalog = catalog
         self._loopback = is_loopback(config.host)
         self._origins = frozenset(map(_checked_origin, config.cors_origins))
-        self._limits = None if catalog is None else Limits(catalog.keys)
+        self._limits = None if catalog is None else Limits(catalog.keys, run=run)
+        self._run = run
         self._needs_key = config.api_key is not None
         self._look_at = float("-inf")
         if catalog is not None and not self._loopback and not self._needs_key and not catalog.keys.exist():
+            home = "" if config.platform is None else f" --home {config.platform.home}"
             raise ConfigError(
                 f"--host {config.host} can be reached from elsewhere, and there is no key yet",
-                hint="make one with `lorikeet keys create --role admin NAME` (and --home, if it is given here), or "
-                "stay on 127.0.0.1",
+                hint=f"make one with `lorikeet keys create{home} --role admin NAME`, or stay on 127.0.0.1",
                 param="host",
             )
 
@@ -166,7 +168,7 @@ class Access:
         if given is not None and self._is_api_key(given):
             return Principal(self._local("api-key"))
         if given is not None and self._catalog is not None and self._limits is not None:
-            found = await asyncio.to_thread(self._catalog.keys.authenticate, given)
+            found = await self._run(self._catalog.keys.authenticate, given)
             if found is not None:
                 actor, key = found
                 return Principal(actor, key, await self._limits.meter(key))
@@ -179,7 +181,7 @@ class Access:
         """Once there was a key there is no way back: one that expires must not open the server to everybody."""
         catalog = self._catalog
         if not self._needs_key and catalog is not None and (not self._loopback or time.monotonic() >= self._look_at):
-            self._needs_key = not self._loopback or await asyncio.to_thread(_any_key, catalog)
+            self._needs_key = not self._loopback or await self._run(_any_key, catalog)
             self._look_at = time.monotonic() + LOOK_SECONDS
         return self._needs_key
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from lorikeet.errors import LorikeetError
 from lorikeet.registry.records import Key, Usage
@@ -16,6 +16,8 @@ log = logging.getLogger("lorikeet.limits")
 
 DAY = 86_400.0
 FLUSH_SECONDS = 1.0  # what a crash can lose of the day's sums
+
+Run = Callable[..., Awaitable[Any]]  # of a call that blocks and its arguments: in a thread
 
 
 class RateLimitError(LorikeetError):
@@ -106,11 +108,12 @@ class Meter:
 
 
 class Limits:
-    """The meters of all keys. Sums go to the book at most once in `FLUSH_SECONDS`, in a thread."""
+    """The meters of all keys. Sums go to the book at most once in `FLUSH_SECONDS`, by `run`."""
 
-    def __init__(self, book: UsageBook, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, book: UsageBook, clock: Callable[[], float] = time.time, run: Run = asyncio.to_thread) -> None:
         self._book = book
         self._clock = clock
+        self._run = run
         self._meters: dict[str, Meter] = {}
         self._closing = asyncio.Event()
         self._flushing: asyncio.Task[None] | None = None
@@ -118,7 +121,7 @@ class Limits:
     async def meter(self, key: Key) -> Meter:
         found = self._meters.get(key.id)
         if found is None:
-            used = await asyncio.to_thread(self._book.usage, key.id)
+            used = await self._run(self._book.usage, key.id)
             fresh = Meter(key, used[0] if used else None, self._clock, self._touched)
             found = self._meters.setdefault(key.id, fresh)  # another request may have come first
         found.key = key
@@ -130,7 +133,7 @@ class Limits:
             requests, tokens = meter.pending_requests, meter.pending_tokens
             meter.pending_requests = meter.pending_tokens = 0
             try:
-                usage = await asyncio.to_thread(self._book.spend, meter.key.id, requests=requests, tokens=tokens)
+                usage = await self._run(self._book.spend, meter.key.id, requests=requests, tokens=tokens)
             except Exception as error:
                 meter.pending_requests += requests
                 meter.pending_tokens += tokens
