@@ -278,6 +278,15 @@ def test_a_run_that_over_fits_is_marked_canceled_and_resumed(open_page: Open, st
     ]  # fmt: skip
 
 
+def test_one_click_trains_an_adapter_of_the_demo(open_page: Open) -> None:
+    made = Stub("empty")
+    with running(made) as url:
+        page = open_page(f"{url}/#/adapters")
+        page.get_by_role("button", name="Train intent").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("intent/1")
+    assert made.asked == [("POST", "/api/demo/intent/train", {"recipe": {"validation": 0.05}})]
+
+
 def test_nothing_starts_while_the_audit_has_errors(open_page: Open, stub: tuple[Stub, str]) -> None:
     made, url = stub
     page = open_page(f"{url}/#/runs/new?dataset=tickets")

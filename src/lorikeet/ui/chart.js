@@ -100,7 +100,10 @@ export function Chart({ series, log = false, height = 260, xLabel = "", xTime = 
   latest.current = { drawn, marks };
 
   useEffect(() => {
-    load().then((found) => setLibrary(() => found));
+    load().then((found) => setLibrary(() => found), () => {
+      loading = null;
+      setReadout("The chart could not be loaded. If the server was updated, load this page again.");
+    });
     const change = () => setTheme((turn) => turn + 1);
     const dark = matchMedia("(prefers-color-scheme: dark)");
     window.addEventListener("lorikeet:theme", change);
