@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
 
 from lorikeet.cli_flags import one_of
+from lorikeet.errors import ConfigError
 
 EPILOG = (
     "[bold]Examples[/]\n\nlorikeet up\n\n"
@@ -56,6 +58,9 @@ def up(
     tenant_queue: Annotated[
         int | None, typer.Option(help="Requests of one tenant that may wait; default: as many as --queue.", min=1)
     ] = None,
+    tenant_weight: Annotated[
+        list[str] | None, typer.Option(help="A tenant's share under contention, such as acme=2; default: 1.")
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="A site whose pages may use the server, such as https://app.example.com.")
     ] = None,
@@ -81,6 +86,7 @@ def up(
         max_context=max_context,
         queue=queue,
         tenant_queue=tenant_queue,
+        tenant_weights=dict(_weight(one) for one in tenant_weight or ()),
         threads=threads,
     )
     platform = PlatformConfig(
@@ -106,3 +112,15 @@ def up(
             platform=platform,
         )
     )
+
+
+def _weight(text: str) -> tuple[str, float]:
+    """`acme=2` as a name and a number above 0. Raises `ConfigError`."""
+    name, _, number = text.partition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not name or not 0 < weight < math.inf:
+        raise ConfigError(f"--tenant-weight: found {text!r}; expected such as acme=2", param="--tenant-weight")
+    return name, weight

@@ -10,16 +10,18 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from tests.server.doors import Caller, caller
 from tests.server.hosting import Hosted, hosted, own_cache
 
-from lorikeet.config import PlatformConfig
-from lorikeet.registry.catalog import Catalog
-from lorikeet.registry.records import Actor
+from lorikeet.config import EngineConfig, PlatformConfig, ServeConfig
+from lorikeet.engine.link import EngineClient
+from lorikeet.registry.catalog import Catalog, open_catalog
+from lorikeet.registry.records import DEFAULT_TENANT, Actor
+from lorikeet.server.serve import make_state
 
 PROMPT = [7, 8, 9]
 
@@ -283,3 +285,20 @@ def test_a_stream_that_is_left_early_counts_what_came(server: Hosted, admin: Cal
         time.sleep(0.05)
     assert 5 <= used < 102
     ask(server, app, "POST", "/v1/completions", {"prompt": [7], "max_tokens": 150})  # nothing stays reserved
+
+
+def test_weights_of_tenants_by_name(checkpoint: Callable[..., Path], tmp_path: Path, cache_folder: None) -> None:
+    home = tmp_path / "home"
+    catalog = open_catalog(home / "catalog.db")
+    acme = catalog.people.create_tenant(Actor(), "acme")
+    catalog.close()
+
+    def weights(**named: float) -> dict[str, float]:
+        engine = EngineConfig(model=str(checkpoint("llama")), tenant_weights=named)
+        config = ServeConfig(engine=engine, platform=PlatformConfig(home=str(home)))
+        state = make_state(config, cast("EngineClient", object()))
+        assert state.platform is not None
+        state.platform.close()
+        return state.config.engine.tenant_weights
+
+    assert weights(acme=2.0, default=0.5) == {acme.id: 2.0, DEFAULT_TENANT: 0.5}

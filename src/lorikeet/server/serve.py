@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import uvicorn
+from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from lorikeet.config import ServeConfig
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import ConfigError
 from lorikeet.model.sources import cache_folder, find_model
+from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.records import Actor
 from lorikeet.server.app import create_app
 from lorikeet.server.catalogue import Catalogue, Refusal
@@ -77,12 +79,20 @@ def make_state(config: ServeConfig, engine: EngineClient | None = None) -> Serve
     base = base_model(folder, base_name(config, folder))
     catalogue = Catalogue(None if config.adapters is None else Path(config.adapters), base.name)
     platform = None if config.platform is None else Platform(config.platform, config.engine.model)
+    if platform is not None:
+        config = _with_tenants(config, platform.catalog)
     engine = engine or EngineClient(config.engine)
     fetcher = Fetcher(config.adapter_sources, cache_folder() / "downloads", config.sources)
     models = Models(base, catalogue, engine, fetcher)
     if platform is not None:
         models.registry = RegistryAdapters(platform.home)
     return ServerState(config=config, engine=engine, models=models, platform=platform)
+
+
+def _with_tenants(config: ServeConfig, catalog: Catalog) -> ServeConfig:
+    """The weights of tenants by id, as the engine knows them, not by name. Raises `NotFoundError`."""
+    weights = {catalog.people.tenant(name).id: weight for name, weight in config.engine.tenant_weights.items()}
+    return replace(config, engine=replace(config.engine, tenant_weights=weights))
 
 
 def base_name(config: ServeConfig, folder: Path) -> str:
