@@ -130,13 +130,8 @@ def compile_adapter(
         check_not_reordered(folder / CONFIG, file.shapes, spec.family)
         tensors, digest = file.load()
         path = cache / compiled_name(digest, base, dtype)
-        if path.exists():
-            try:
-                info = open_compiled(path).header.info(path)
-                os.utime(path)  # its last use, which is what `trim` goes by
-                return info
-            except AdapterError:
-                path.unlink(missing_ok=True)  # a damaged cache file is made again
+        if (info := _known(path, digest, base, dtype)) is not None:
+            return info
         tables, config = BaseTensors(checkpoint), file.config
         entries = compile_entries(config, tensors, spec, tables)
         acts: dict[str, Any] = {}
@@ -150,6 +145,21 @@ def compile_adapter(
         header, data = lay_out(entries, digest, base, dtype, config.kind, **acts)
     _write(path, header, data)
     return header.info(path)
+
+
+def _known(path: Path, digest: str, base: BaseIdentity, dtype: Dtype) -> AdapterInfo | None:
+    """What was compiled before. A damaged file, or one that is another adapter's, is removed."""
+    if not path.exists():
+        return None
+    try:
+        header = open_compiled(path).header
+        if (header.digest, header.base_sha256, header.dtype) == (digest, base.sha256, dtype):
+            os.utime(path)  # its last use, which is what `trim` goes by
+            return header.info(path)
+    except (AdapterError, FileNotFoundError):
+        pass
+    path.unlink(missing_ok=True)
+    return None
 
 
 def trim(cache: Path, budget: int, keep: Path) -> None:

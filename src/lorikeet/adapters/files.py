@@ -34,7 +34,7 @@ from lorikeet.types import BaseIdentity
 WEIGHTS, LOCK = "adapter_model.safetensors", "lorikeet.json"
 # What an adapter's folder may hold of a tokenizer of its own (`model.tokenizer.Tokenizers`).
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
-Signature = tuple[tuple[str, int, int, int], ...]  # (file name, inode, mtime in ns, size) of what makes an adapter
+Signature = tuple[tuple[str, int, int, int], ...]  # (file name, inode, ctime in ns, size) of what makes an adapter
 # What a stored tensor is of its module. A and B: LoRA. `rows`: trained rows of an embedding or a head. `weight`: the
 # module's own. `original`: that of the base below what was trained. `shared` parts belong to the adapter as a whole.
 Part = Literal[
@@ -199,7 +199,7 @@ def signature_of(folder: Path) -> Signature | None:
             if name == CONFIG:
                 return None
             continue
-        parts.append((name, stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        parts.append((name, stat.st_ino, stat.st_ctime_ns, stat.st_size))  # a copy may have the time of its original
     return tuple(parts)
 
 

@@ -65,8 +65,7 @@ async def _stats(state: ServerState) -> dict[str, AdapterStats]:
 
 def _describe(state: ServerState, model: ServedModel, stats: dict[str, AdapterStats]) -> Json:
     """`tier` is where it is nearest: `device`, `loading` there, compiled on `disk`, or only at its `source`."""
-    adapter = model.adapter or state.models.compiled(model.name)
-    one = None if adapter is None else stats.get(adapter.digest)
+    one = None if model.adapter is None else stats.get(model.adapter.digest)
     described: Json = {"object": "adapter", "name": model.name, "locked": model.lock is not None}
     if one is None:
         return described | {"tier": "source"}

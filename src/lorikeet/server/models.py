@@ -195,12 +195,6 @@ class Models:
             first = replace(first, lock=lock, prompt_template=None)
         return replace(first, name="+".join(part.name for part in parts), adapter=adapter, folder=None)
 
-    def compiled(self, name: str) -> AdapterInfo | None:
-        """The adapter behind a name if it was compiled and its files have not changed since."""
-        known, found = self._known.get(name), self.catalogue.peek(name)
-        current = known is not None and found is not None and known.signature == found.signature
-        return known.model.adapter if known is not None and current and known.model is not None else None
-
     async def _look(self, name: str) -> AdapterFolder:
         async with self._looking:
             return await asyncio.to_thread(self.catalogue.find, name)
@@ -216,7 +210,9 @@ class Models:
         served = []
         for one in found:
             try:
-                served.append(self.describe(one))
+                known = self._known.get(one.name)
+                current = known is not None and known.signature == one.signature and known.model is not None
+                served.append(known.model if known is not None and current else self.describe(one))
             except LorikeetError as error:
                 refusals.append(Refusal(one.name, str(error), (one.folder,)))
         return served, refusals
