@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 from tests.server.doors import caller
+from tests.server.hosting import hosted
 
 from lorikeet.config import ServeConfig
 from lorikeet.errors import ConfigError, ForbiddenError
@@ -257,3 +258,27 @@ def test_loopback() -> None:
 def test_origins_are_named_exactly(origin: str) -> None:
     with pytest.raises(ConfigError, match="--cors-origin"):
         Access(ServeConfig(cors_origins=(origin,)))
+
+
+def test_cors_is_closed_but_for_named_sites(bare_model: Path) -> None:
+    named, other = {"origin": "https://app.example.com"}, {"origin": "https://evil.example"}
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    body = {"prompt": [7], "max_tokens": 1}
+    with hosted(bare_model, scripted=True) as server:
+        for origin in (named, other):
+            for reply in (
+                server.http.options("/v1/completions", headers=origin | asked),
+                server.http.get("/v1/models", headers=origin),
+                server.http.post("/v1/completions", json=body, headers=origin),
+            ):
+                assert not any(name.startswith("access-control-") for name in reply.headers), reply.headers
+            assert reply.status_code == 403 and reply.json()["error"]["code"] == "foreign_origin"
+    with hosted(bare_model, scripted=True, serve_settings={"cors_origins": (named["origin"],)}) as server:
+        preflight = server.http.options("/v1/completions", headers=named | asked)
+        assert preflight.status_code == 200 and "authorization" in preflight.headers["access-control-allow-headers"]
+        reply = server.http.post("/v1/completions", json=body, headers=named)
+        assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == named["origin"]
+        assert "access-control-allow-credentials" not in reply.headers
+        assert server.http.options("/v1/completions", headers=other | asked).status_code == 400
+        reply = server.http.post("/v1/completions", json=body, headers=other)
+        assert reply.status_code == 403 and "access-control-allow-origin" not in reply.headers
