@@ -75,6 +75,13 @@ def playground(page: Page, url: str, adapters: list[str]) -> None:
 def runs(page: Page, url: str) -> None:
     page.goto(f"{url}/#/runs")
     expect(page.locator(".u-over")).to_be_visible(timeout=WAIT)
+    as_read(page)
+
+
+def as_read(page: Page) -> None:
+    """On a log scale, smoothed: how long runs are read."""
+    page.get_by_label("Log scale").check()
+    page.get_by_label("Smoothing of train").fill("0.9")
 
 
 def run(page: Page, url: str) -> None:
@@ -82,6 +89,7 @@ def run(page: Page, url: str) -> None:
     best = next((job for job in jobs if job["result"].get("validation_loss") is not None), jobs[0])
     page.goto(f"{url}/#/runs/{best['id']}")
     expect(page.locator(".u-over")).to_be_visible(timeout=WAIT)
+    as_read(page)
 
 
 def new_run(page: Page, url: str) -> None:
@@ -117,7 +125,11 @@ def main() -> None:
     url = asked.url.rstrip("/")
     if asked.prepare:
         prepare(url)
-    names = [one["name"] for one in call(f"{url}/api/repos")["items"] if one["versions"]]
+    names = [
+        one["name"]
+        for one in call(f"{url}/api/repos")["items"]
+        if any(version["state"] == "ready" for version in one["versions"])
+    ]
     names.sort(key=lambda name: TASKS.index(name) if name in TASKS else len(TASKS))
     views = {
         "playground": lambda page: playground(page, url, names),

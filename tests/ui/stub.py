@@ -67,7 +67,8 @@ class Stub:
             "code_version": say("0.1.0"), "data_sha256": "ab" * 32, "metrics": {"validation_loss": 0.213},
             "lineage": [{"reference": say(f"{repo}/{n}")} for n in range(number - 1, 0, -1)], "children": [],
             "evaluations": [evaluation], "checkpoints": [{"step": 40}], "reference": f"{repo}/{number}",
-            "recipe": {"prompt": say("Customer: {text}\nIntent:"), "completion": say(" {label}"), "rank": 16},
+            "recipe": {"prompt": say("Customer: {text}\nIntent:"), "completion": say(" {label}"), "rank": 16,
+                       "dataset": "tickets"},
             "lock": {"template": {"kind": "prompt", "text": say("Customer: {text}\nIntent:")}},
             "files": [{"path": say("adapter_model.safetensors"), "sha256": "cd" * 32, "bytes": 3_300_000}],
         }  # fmt: skip

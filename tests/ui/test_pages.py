@@ -287,6 +287,14 @@ def test_one_click_trains_an_adapter_of_the_demo(open_page: Open) -> None:
     assert made.asked == [("POST", "/api/demo/intent/train", {"recipe": {"validation": 0.05}})]
 
 
+def test_a_version_is_judged_on_the_rows_of_its_dataset(open_page: Open, stub: tuple[Stub, str]) -> None:
+    made, url = stub
+    page = open_page(f"{url}/#/adapters/intent")
+    page.get_by_role("button", name="Judge it on tickets").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("intent/")
+    assert made.asked == [("POST", "/api/jobs", {"kind": "eval", "dataset": "tickets", "adapter": "intent/3"})]
+
+
 def test_nothing_starts_while_the_audit_has_errors(open_page: Open, stub: tuple[Stub, str]) -> None:
     made, url = stub
     page = open_page(f"{url}/#/runs/new?dataset=tickets")

@@ -80,8 +80,18 @@ function History({ repo, alias, onClose }) {
     <//>`;
 }
 
+/** Queues the judging of a version beside its base, on the test rows of the dataset it was trained on. */
+function Judge({ version }) {
+  const [judge, busy, error] = useAction(async () => {
+    const job = await call("POST", "api/jobs", { kind: "eval", dataset: version.recipe.dataset, adapter: version.reference });
+    window.location.hash = path`#/runs/${job.id}`;
+  });
+  if (!version.recipe?.dataset || version.state !== "ready") return null;
+  return html`<div><button type="button" class="small" disabled=${busy} onClick=${judge}>Judge it on ${version.recipe.dataset}</button></div><${Problem} error=${error} />`;
+}
+
 function Evaluations({ items }) {
-  if (!items.length) return html`<p class="muted">Not judged yet. <code>lorikeet eval</code> judges it beside the base.</p>`;
+  if (!items.length) return html`<p class="muted">Not judged yet. A dataset with test rows judges it beside the base.</p>`;
   return html`<${Table} caption="Evaluations" rows=${items} columns=${[
     { title: "Task", cell: (one) => one.task },
     { title: "Metric", cell: (one) => one.metric },
@@ -161,7 +171,8 @@ function Version({ repo, number }) {
         version.source && ["From", version.source],
       ]} />
       <h3>Evaluations</h3>
-      <${Evaluations} items=${version.evaluations ?? []} />
+      <${Evaluations} items=${version.evaluations} />
+      <${Judge} version=${version} />
       ${version.recipe ? html`<details open><summary>Recipe</summary><div class="stack"><${Recipe} recipe=${version.recipe} /></div></details>` : null}
       <${Files} version=${version} />
     </section>`;
@@ -182,7 +193,7 @@ export function Repository({ name, chosen }) {
     ${head}
     ${repo.description ? html`<p>${repo.description}</p>` : null}
     <${Problem} error=${error} />
-    ${(repo.aliases ?? []).length ? html`<p class="row">${repo.aliases.map((one) => html`<span><span class="tag accent">@${one.name} → ${one.number}</span><button type="button" class="link" onClick=${() => setHistory(one.name)}>history of ${one.name}</button></span>`)}</p>` : html`<p class="muted">No alias yet: a request for ${name} gets its newest version. Promote one to fix it.</p>`}
+    ${(repo.aliases ?? []).length ? html`<p class="row">${repo.aliases.map((one) => html`<span><span class="tag accent">@${one.name} → ${one.number}</span><button type="button" class="link" onClick=${() => setHistory(one.name)}>history of ${one.name}</button></span>`)}</p>` : html`<p class="muted">No alias yet: a request for ${name} gets its newest version. Promote one, and it stays with that until you promote another.</p>`}
     ${versions.length ? html`
       <${Table} caption=${`Versions of ${name}`} rows=${versions} rowKey=${(one) => one.number} rowClass=${(one) => (one.number === number ? "chosen" : "")} columns=${[
         { title: "Version", number: true, cell: (one) => html`<a href=${path`#/adapters/${name}` + `?version=${one.number}`} aria-current=${one.number === number ? "true" : null}>${one.number}</a>` },

@@ -21,7 +21,7 @@ function Curves({ job, lines }) {
         marks=${turned ? [{ x: turned[0], label: `held-out turned at ${turned[0]}` }] : []}
         summary=${`Learning curve: train loss ${fixed(curves.train.at(-1)[1])} at step ${curves.train.at(-1)[0]}, held-out ${fixed(curves.validation.at(-1)?.[1])}`} />
       <p class="row"><span><span class="swatch thin s1"></span>train ${fixed(curves.train.at(-1)[1])}</span>${curves.validation.length ? html`<span><span class="swatch s1"></span>held-out ${fixed(curves.validation.at(-1)[1])}</span>` : html`<span class="muted">no held-out rows</span>`}</p>
-      ${turned ? html`<p class="note" role="status">Held-out loss turned at step ${turned[0]} (${fixed(turned[1])}) and is ${fixed(curves.validation.at(-1)[1])} now: from there on the run over-fits. Fewer epochs, more dropout or more rows help; what is kept is the recipe's early stopping.</p>` : null}
+      ${turned ? html`<p class="note" role="status">Held-out loss turned at step ${turned[0]} (${fixed(turned[1])}) and is ${fixed(curves.validation.at(-1)[1])} now: from there on the run over-fits. Fewer epochs, more dropout or more rows help; with a patience a run stops by itself and keeps its best weights.</p>` : null}
     </section>`;
 }
 
@@ -43,7 +43,7 @@ function Cost({ job, lines }) {
       job.kind === "train" && ["Learning rate now", number(last.lr)],
       job.memory > 0 && ["Memory asked for", bytes(job.memory)],
       result.adapter_bytes && ["Adapter", bytes(result.adapter_bytes)],
-      result.stopped && ["Stopped early at", `${count(result.best_step)} (${fixed(result.best_validation_loss)})`],
+      result.stopped === "early stopping" && ["Stopped early, best at", `${count(result.best_step)} (${fixed(result.best_validation_loss)})`],
     ]} />`;
 }
 
@@ -70,7 +70,7 @@ function Timeline({ events }) {
   if (!events.length) return html`<p class="muted">Nothing happened yet.</p>`;
   return html`
     <ol class="timeline" tabindex="0" aria-label="Timeline">
-      ${events.map((event) => html`<li key=${event.id}><time title=${moment(event.at)}>${moment(event.at).slice(11)}</time><span><strong>${event.kind}</strong>${event.message ? ` ${event.message}` : ""}${event.data ? html` <span class="muted">${value(event.data)}</span>` : null}</span></li>`)}
+      ${events.map((event) => html`<li key=${event.id}><time title=${moment(event.at)}>${moment(event.at).slice(11)}</time><span><strong>${event.kind}</strong>${event.message ? ` ${event.message}` : ""}${event.kind === "audited" && event.data ? html` <span class="muted">${value({ ...event.data, lengths: null })}</span>` : null}</span></li>`)}
     </ol>`;
 }
 
