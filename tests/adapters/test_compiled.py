@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,11 +19,20 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures import make_slab
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.compiled import ALIGNMENT, bfloat16_bits, compile_adapter, compiled_name, open_compiled, trim
+from lorikeet.adapters.compiled import (
+    ALIGNMENT,
+    SUFFIX,
+    bfloat16_bits,
+    compile_adapter,
+    compiled_name,
+    open_compiled,
+    remove_leftovers,
+    trim,
+)
 from lorikeet.adapters.configs import CONFIG
 from lorikeet.adapters.files import WEIGHTS, AdapterFile, Lock, LockedBase, write_lock
 from lorikeet.adapters.normal import compile_entries
-from lorikeet.errors import AdapterError, LockMismatchError
+from lorikeet.errors import AdapterError, DiskFullError, LockMismatchError, UnavailableError
 from lorikeet.model.families import load_spec
 from lorikeet.types import BaseIdentity
 
@@ -151,3 +161,44 @@ def test_the_disk_budget_deletes_what_was_used_least_recently(
     assert [path.exists() for path in paths] == [True, False, True, True]
     trim(cache, 0, keep=paths[2])
     assert [path.exists() for path in paths] == [False, False, True, False]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_stays(cache: Path) -> None:
+    cache.mkdir()
+    old, fresh, whole = (cache / name for name in (f".a{SUFFIX}.7", f".b{SUFFIX}.8", f"c{SUFFIX}"))
+    for path in (old, fresh, whole):
+        path.write_bytes(b"x")
+    for path in (old, whole):
+        os.utime(path, (0, 0))
+    remove_leftovers(cache)
+    assert sorted(cache.iterdir()) == [fresh, whole]
+    remove_leftovers(cache / "nowhere")
+
+
+def test_a_cache_file_that_is_another_adapters_is_made_again(
+    checkpoint: Callable[..., Path], adapters: Callable[..., list[Path]], cache: Path
+) -> None:
+    spec, (one, two) = load_spec(checkpoint("llama")), adapters("llama", 2)
+    first, second = (compile_adapter(folder, spec, BASE, "float32", cache) for folder in (one, two))
+    content = Path(first.path).read_bytes()
+    Path(first.path).write_bytes(Path(second.path).read_bytes())
+    assert compile_adapter(one, spec, BASE, "float32", cache) == first
+    assert Path(first.path).read_bytes() == content
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    checkpoint: Callable[..., Path], folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = load_spec(checkpoint("llama"))
+    for code, error in ((errno.ENOSPC, DiskFullError), (errno.EROFS, UnavailableError)):
+        monkeypatch.setattr("os.fsync", _raises(OSError(code, os.strerror(code))))
+        with pytest.raises(error, match=r"the disk of .* is full|cannot be written: Read-only"):
+            compile_adapter(folder, spec, BASE, "float32", cache)
+        assert list(cache.iterdir()) == []
+
+
+def _raises(error: OSError) -> Callable[[int], None]:
+    def fsync(_: int) -> None:
+        raise error
+
+    return fsync

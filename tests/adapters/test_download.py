@@ -314,6 +314,24 @@ def test_a_full_disk_is_said_clearly_and_leaves_nothing(tmp_path: Path, monkeypa
     assert contents(bring(store, source)) == source.files
 
 
+def test_a_disk_that_is_full_after_the_last_byte_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, store = Scripted(adapter()), Store(tmp_path, FAST)
+    for method in ("write_text", "replace"):
+        with monkeypatch.context() as patch:
+
+            def full(path: Path, *args: Any) -> None:
+                path.touch()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            patch.setattr(Path, method, full)
+            with pytest.raises(DiskFullError):
+                bring(store, source)
+        assert not list(tmp_path.rglob(".*"))
+    assert contents(bring(store, source)) == source.files
+
+
 def test_too_little_room_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, store = Scripted(adapter()), Store(tmp_path, FAST)
     monkeypatch.setattr(download, "SPARE", 2**60)

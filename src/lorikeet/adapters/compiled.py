@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ ALIGNMENT = 64
 VERSION = 3  # part of the file's name: raise it when the layout or the meaning of an entry changes
 _STORAGE: dict[Dtype, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
 _MAX_HEADER = 64 * 2**20
+STALE_SECONDS = 3600.0  # nobody writes for so long
 
 
 class CompiledEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -172,6 +174,14 @@ def trim(cache: Path, budget: int, keep: Path) -> None:
         if path != keep:
             path.unlink(missing_ok=True)
             total -= stat.st_size
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Delete what processes that were killed while they wrote have left."""
+    for path in cache.glob(f".*{SUFFIX}.*"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.lstat().st_mtime > STALE_SECONDS:
+                path.unlink()
 
 
 def compiled_name(digest: str, base: BaseIdentity, dtype: Dtype) -> str:

@@ -412,8 +412,11 @@ def _listed(folder: Path) -> list[Path]:
 
 def _write_whole(path: Path, text: str) -> None:
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    fresh.write_text(text, "ascii")
-    fresh.replace(path)
+    try:
+        fresh.write_text(text, "ascii")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _too_late(what: str) -> DeadlineError:

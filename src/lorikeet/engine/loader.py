@@ -18,7 +18,7 @@ from typing import IO
 
 import zmq
 
-from lorikeet.adapters.compiled import trim
+from lorikeet.adapters.compiled import remove_leftovers, trim
 from lorikeet.adapters.merged import compile_merged
 from lorikeet.engine.compiler import AdapterCompiler
 from lorikeet.engine.lifeline import child_command, die_with_parent
@@ -173,6 +173,7 @@ def run_jobs(address: str) -> None:
         message = decode_to_loader(socket.recv())
         if isinstance(message, StartLoader):
             settings = message.settings
+            remove_leftovers(Path(settings.cache))
             continue
         assert settings is not None
         socket.send(encode(compile_one(message, settings)))
