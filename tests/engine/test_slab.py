@@ -71,3 +71,16 @@ def test_an_adapter_may_go_before_its_last_byte_was_there(world: Any) -> None:
     handle = len(slab.slab.table)
     part = AdapterCopy(info.digest, info.path, handle, 0, info.nbytes, 0, info.nbytes // 2)
     assert slab.carry_out([part, AdapterMove(handle, 0, 64, 64), AdapterDrop(handle)]) == {}
+
+
+def test_a_damaged_header_is_told_and_harms_nobody(world: Any) -> None:
+    import msgspec
+
+    good, bad = world.adapter(1), world.adapter(2)
+    engine = world.engine([good, bad])
+    entries = world.adapters[bad.digest].header.entries
+    entries[0] = msgspec.structs.replace(entries[0], site=10**6)
+    answers = world.run(engine, [world.request("g", [5, 6], good.digest), world.request("b", [5, 6], bad.digest)])
+    assert answers["g"].tokens == world.greedy([5, 6], 12, good.digest)
+    error = answers["b"].events[-1].error
+    assert (error.code, error.status, error.retryable) == ("adapter_lost", 503, True)

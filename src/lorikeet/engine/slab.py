@@ -49,7 +49,7 @@ class AdapterSlab:
             if isinstance(instruction, AdapterCopy):
                 try:
                     self._copy(instruction)
-                except (LorikeetError, OSError) as error:
+                except (LorikeetError, OSError, IndexError, ValueError, RuntimeError) as error:  # also a damaged header
                     said = f"the compiled adapter {instruction.digest[:12]} cannot be read: {error}"
                     failed[instruction.digest] = AdapterLostError(said, hint="try again", param="adapter").info()
             elif isinstance(instruction, AdapterMove):
