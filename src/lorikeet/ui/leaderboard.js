@@ -50,7 +50,7 @@ function Overview({ tasks }) {
 }
 
 export function Leaderboard() {
-  const { data, error } = useGet("api/leaderboard", 10);
+  const { data, error } = useGet("api/leaderboard", 5);
   const [view, setView] = useState("all");
   const tasks = data?.tasks ?? [];
   return html`
