@@ -129,10 +129,10 @@ class Churn:
             self.users[name] += 1
 
     def leave(self) -> None:
-        if running := [name for name, count in self.users.items() if count]:
-            name = self.chance.choice(running)
+        if self.users:
+            name = self.chance.choice(list(self.users))
             self.residency.release(name)
-            self.users[name] -= 1
+            self.users -= Counter([name])  # forgets those that nobody uses
 
     def pin(self) -> None:
         name = self.known()
@@ -164,8 +164,8 @@ class Churn:
         handles = {extent.handle for extent in residency._ordered}
         assert handles.isdisjoint(residency._spare_handles)
         assert len(handles) + len(residency._spare_handles) == residency._handles <= len(self.mark)
-        for name, count in self.users.items():
-            assert not count or residency.place(name) is Place.RESIDENT, "one in use was evicted"
+        for name in self.users:
+            assert residency.place(name) is Place.RESIDENT, "one in use was evicted"
         assert len(residency._by_worth) <= 2 * len(self.mark) + 65
 
     def operate(self) -> None:
@@ -175,7 +175,7 @@ class Churn:
         if doing == self.ask:
             self.step(failing=0.08)
         if self.chance.random() < 0.001:  # everybody goes at once
-            while any(self.users.values()):
+            while self.users:
                 self.leave()
         self.check()
 

@@ -314,6 +314,8 @@ class Residency:
         now = self._clock() / HALF_LIFE
         best = (inf, 0, 0)
         costs: list[tuple[int, float]] = []  # of each adapter: bytes that stay occupied, seconds
+        below = [0, *(extent.offset + extent.size for extent in self._ordered)]  # where the one before each ends
+        above = [*(extent.offset for extent in self._ordered[1:]), self.budget]  # where the one after each begins
         first = occupied = 0
         cost = 0.0
         for last, extent in enumerate(self._ordered):
@@ -323,12 +325,11 @@ class Residency:
                 costs.append((extent.size, extent.copied / MOVE_RATE))
             occupied += costs[last][0]
             cost += costs[last][1]
-            above = self._above(last)
-            while first < last and above - self._below(first + 1) - (occupied - costs[first][0]) >= size:
+            while first < last and above[last] - below[first + 1] - (occupied - costs[first][0]) >= size:
                 occupied -= costs[first][0]
                 cost -= costs[first][1]
                 first += 1
-            if cost < best[0] and above - self._below(first) - occupied >= size:
+            if cost < best[0] and above[last] - below[first] - occupied >= size:
                 best = (cost, first, last + 1)
         return best
 
