@@ -111,7 +111,9 @@ def _add_errors(app: FastAPI, state: ServerState) -> None:
     def reply(request: Request, error: LorikeetError) -> Response:
         state.metrics.refused.labels(error.code).inc()
         path = request.url.path
-        shape = predibase.error_shape(path) or (lorax.error_body if path in lorax.PATHS else openai.error_body)
+        shape = lorax.error_body if path in lorax.PATHS else openai.error_body
+        if state.platform is not None:
+            shape = predibase.error_shape(path) or shape
         return json_reply(shape(error), error.status, error_headers(error))
 
     @app.exception_handler(LorikeetError)
