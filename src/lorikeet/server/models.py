@@ -211,8 +211,8 @@ class Models:
         for one in found:
             try:
                 known = self._known.get(one.name)
-                current = known is not None and known.signature == one.signature and known.model is not None
-                served.append(known.model if known is not None and current else self.describe(one))
+                current = known.model if known is not None and known.signature == one.signature else None
+                served.append(current or self.describe(one))
             except LorikeetError as error:
                 refusals.append(Refusal(one.name, str(error), (one.folder,)))
         return served, refusals
