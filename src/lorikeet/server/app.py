@@ -111,9 +111,8 @@ def _add_errors(app: FastAPI, state: ServerState) -> None:
     def reply(request: Request, error: LorikeetError) -> Response:
         state.metrics.refused.labels(error.code).inc()
         path = request.url.path
-        shape = lorax.error_body if path in lorax.PATHS else openai.error_body
-        if state.platform is not None:
-            shape = predibase.error_shape(path) or shape
+        theirs = None if state.platform is None else predibase.error_shape(path)
+        shape = theirs or (lorax.error_body if path in lorax.PATHS else openai.error_body)
         return json_reply(shape(error), error.status, error_headers(error))
 
     @app.exception_handler(LorikeetError)
