@@ -106,7 +106,7 @@ def test_judged_afterwards(server: Hosted, trained: dict[str, Any]) -> None:
     ("change", "status", "said"),
     [
         ({"recipe": RECIPE | {"rnak": 4}}, 400, "unknown field `rnak`"),
-        ({"recipe": RECIPE | {"rank": 0}}, 400, "$.rank"),
+        ({"recipe": RECIPE | {"rank": 0}}, 400, "recipe.rank"),
         ({"recipe": RECIPE | {"prompt": "{nothing}"}}, 400, "uses the column 'nothing'"),
         ({"recipe": RECIPE | {"evaluate": {"metric": "python:os.system"}}}, 400, "evaluate"),
         ({"recipe": {"prompt": "x"}}, 400, "completion: missing"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import subprocess
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +12,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from lorikeet.config import AdapterRecipe, JobRecipe, job_adapter, read_fields
+from lorikeet.config import JobRecipe, job_adapter, read_fields
 from lorikeet.data.formats import READERS, Row, read_rows
-from lorikeet.errors import DataError, InvalidRequestError, UnsupportedFieldError
-from lorikeet.model.families import load_spec
-from lorikeet.model.sources import find_model
-from lorikeet.model.tokenizer import Tokenizer
+from lorikeet.engine.lifeline import child_command
+from lorikeet.errors import DataError, DeadlineError, InvalidRequestError, LorikeetError, UnsupportedFieldError
+from lorikeet.job.preview import Answer, Asked
 from lorikeet.registry.home import SPLITS
 from lorikeet.registry.records import Actor, Dataset
 from lorikeet.registry.references import check_name
@@ -26,13 +27,13 @@ from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
 from lorikeet.server.state import ServerState
 from lorikeet.server.validation import Body, parse, read_body
-from lorikeet.train.audit import prepare
-from lorikeet.train.dataset import Example
+
+log = logging.getLogger("lorikeet.datasets")
 
 Json = dict[str, Any]
 MAX_DATASET = 256 * 2**20  # bytes of one upload: rows are checked in memory
 FIRST_ROWS = 20  # that a dataset shows
-PREVIEW_ROWS = 5
+PREVIEW_SECONDS = 60.0
 PREVIEW_READ = 2000  # rows of which a preview is made
 EXPLODES = 32  # a Parquet file that grows by more when it is read is refused
 
@@ -198,8 +199,7 @@ def _first_rows(platform: Platform, dataset: Dataset, split: str, count: int) ->
 
 
 def _preview(platform: Platform, dataset: Dataset, recipe: JobRecipe) -> Json:
-    folder = find_model(platform.model)
-    tokenizer, context = Tokenizer(folder), load_spec(folder).max_context
+    """Of the first rows; the counts say how many those were. Raises as a training's checks do."""
     with staged(platform.blobs.staging, "preview-") as place:
         splits = {}
         for split in dataset.splits:
@@ -208,32 +208,27 @@ def _preview(platform: Platform, dataset: Dataset, recipe: JobRecipe) -> Json:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (place / splits[split]).write_text(lines, "utf-8")
         adapter = job_adapter(recipe, "preview", splits)
-        data, audit = prepare(adapter, tokenizer, context, place)
-    findings = [("error", one) for one in audit.errors] + [("warning", one) for one in audit.warnings]
-    return {
-        "rows": [{"line": one.line, "pieces": _pieces(one, tokenizer)} for one in data.train[:PREVIEW_ROWS]],
-        "audit": [{"level": level, "message": said.replace(f"{place}/", "")} for level, said in findings],
-        "tokens": {
-            "train_rows": audit.train, "validation_rows": audit.validation, "test_rows": audit.test,
-            "tokens": audit.tokens, "learned_tokens": audit.learned_tokens, "limit": audit.limit,
-            "percentiles": {str(percent): count for percent, count in audit.lengths.items()},
-        },
-        "labels": audit.labels,
-        "rows_read": min(dataset.splits["train"].rows, PREVIEW_READ),
-        "rows_all": dataset.splits["train"].rows,
-        "steps": _steps(adapter, dataset, audit.validation if "validation" not in dataset.splits else 0, audit.rows),
-    }  # fmt: skip
-
-
-def _steps(adapter: AdapterRecipe, dataset: Dataset, held_out: int, read: int) -> int:
-    """How many a training of all rows takes, about."""
+        asked = Asked(model=platform.model, folder=str(place), splits=splits, recipe=recipe)
+        found = _ask(asked)
+    all_rows = dataset.splits["train"].rows
+    read = min(all_rows, PREVIEW_READ)
+    held_out = 0 if "validation" in splits else found["tokens"]["validation_rows"]
     assert adapter.batch_rows is not None and adapter.epochs is not None
-    rows = dataset.splits["train"].rows * (1 - held_out / max(read, 1))
-    return max(1, round(adapter.epochs * -(-rows // adapter.batch_rows)))
+    steps = max(1, round(adapter.epochs * -(-(all_rows * (1 - held_out / read)) // adapter.batch_rows)))
+    return found | {"rows_read": read, "rows_all": all_rows, "steps": steps}
 
 
-def _pieces(example: Example, tokenizer: Tokenizer) -> list[Json]:
-    """The tokens of a row, one by one with their texts, and which of them are learned."""
-    learned = {i for start, stop in example.learned for i in range(start, stop)}
-    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in example.tokens]
-    return [{"text": text, "learned": i in learned} for i, text in enumerate(texts)]
+def _ask(asked: Asked) -> Json:
+    command = child_command("lorikeet.job.preview")
+    try:
+        done = subprocess.run(command, input=msgspec.json.encode(asked), capture_output=True, timeout=PREVIEW_SECONDS)
+        answer = msgspec.json.decode(done.stdout, type=Answer)
+    except subprocess.TimeoutExpired:
+        raise DeadlineError(f"the preview took longer than {PREVIEW_SECONDS:g} s", hint="try again") from None
+    except msgspec.DecodeError:
+        log.error("a preview broke down: %s", done.stderr.decode("utf-8", "replace")[-2000:])
+        raise LorikeetError("the preview broke down; the server's log has the details") from None
+    if answer.error is not None:
+        raise LorikeetError.from_info(answer.error)
+    assert answer.preview is not None
+    return answer.preview

@@ -15,7 +15,7 @@ from lorikeet.model.families import load_spec
 from lorikeet.model.sources import find_model
 from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.records import Actor, Dataset, Job, JobRequest
-from lorikeet.server.estimate import fills_passes, training_memory
+from lorikeet.server.estimate import gains_from_company, training_memory
 from lorikeet.template import Template
 
 if TYPE_CHECKING:
@@ -53,15 +53,15 @@ def submit_training(
     adapter = job_adapter(wanted, repository, {split: one.file for split, one in data.splits.items()})
     _check_columns(adapter, data, wanted.convert)
     folder = find_model(platform.model)
-    memory = training_memory(folder, load_spec(folder), adapter)
+    train = data.splits["train"]
+    memory = training_memory(folder, load_spec(folder), adapter, train.rows, train.bytes)
     if memory.total > platform.job_memory:
         raise ConfigError(
             f"memory: this training needs about {_gib(memory.total)}, and jobs may use {_gib(platform.job_memory)}",
-            hint="lower rank or train fewer targets, or start the server with a larger --job-memory", param="rank",
+            hint="lower batch_rows or rank, or start the server with a larger --job-memory", param="batch_rows",
         )  # fmt: skip
-    train = data.splits["train"]
     assert adapter.batch_rows is not None
-    alone = fills_passes(train.rows, train.bytes, adapter.batch_rows)
+    joins = gains_from_company(train.rows, train.bytes, adapter.batch_rows)
     spec: dict[str, Any] = {
         "recipe": msgspec.to_builtins(wanted), "dataset": data.name, "shared_memory": memory.shared,
     }  # fmt: skip
@@ -69,7 +69,7 @@ def submit_training(
         spec["notes"] = dict(notes)
     request = JobRequest(
         kind="train", spec=spec, base=platform.base.name, repository=repository, parent=parent, dataset_id=data.id,
-        description=description, join_key=None if alone else _join_key(who, platform.base.sha256), priority=priority,
+        description=description, join_key=_join_key(who, platform.base.sha256) if joins else None, priority=priority,
         memory=memory.total,
     )  # fmt: skip
     return _submit(platform, who, request, idempotency_key)
