@@ -47,11 +47,11 @@ def prepare(url: str) -> None:
     print()
 
 
-def load(url: str, models: list[str], stop: threading.Event) -> None:
-    """Some traffic, so that there is something to serve."""
+def load(url: str, models: list[str]) -> None:
+    """Some traffic until the script ends, so that there is something to serve."""
 
     def ask(model: str) -> None:
-        while not stop.is_set():
+        while True:
             call(f"{url}/v1/completions", {"model": model, "prompt": PROMPT, "max_tokens": 48, "ignore_eos": True})
 
     for model in models * 2:
@@ -103,12 +103,10 @@ def adapters(page: Page, url: str, name: str) -> None:
 
 
 def serving(page: Page, url: str, models: list[str], seconds: float) -> None:
-    stop = threading.Event()
-    load(url, models, stop)
+    load(url, models)
     page.goto(f"{url}/#/serving")
     page.wait_for_timeout(1000 * seconds)
     expect(page.locator(".u-over").first).to_be_visible(timeout=WAIT)
-    stop.set()
 
 
 def leaderboard(page: Page, url: str) -> None:
@@ -121,6 +119,7 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--prepare", action="store_true", help="train some of the demo's adapters first")
     parser.add_argument("--seconds", type=float, default=40.0, help="of traffic before the picture of Serving")
+    parser.add_argument("--only", help="take this picture alone, such as serving")
     asked = parser.parse_args()
     url = asked.url.rstrip("/")
     if asked.prepare:
@@ -148,6 +147,8 @@ def main() -> None:
             executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else []
         )  # fmt: skip
         for name, show in views.items():
+            if asked.only not in (None, name):
+                continue
             take(browser, name, show, 1440, "light")
             if name in dark_and_narrow:
                 take(browser, f"{name}-narrow-dark", show, 375, "dark")

@@ -26,6 +26,7 @@ function lastMinute(u, low, high) {
   return u.data[0].length < 2 ? [last - 60, last] : [Math.min(low, high - 60), high];
 }
 
+const powerOfTen = (one) => (one > 0 && Math.abs(Math.log10(one) - Math.round(Math.log10(one))) < 1e-9 ? one : null);
 const clock = (seconds) => new Date(1000 * seconds).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
 
 /** What a CSS colour such as var(--line) is at this moment: a canvas knows no variables. */
@@ -48,7 +49,7 @@ function options(uPlot, box, { series, log, height, xLabel, xTime, marks, onPoin
     scales: { x: { time: Boolean(xTime), ...(xTime ? { range: lastMinute } : {}) }, y: { distr: log ? 3 : 1, range: log ? undefined : (u, low, high) => uPlot.rangeNum(low ?? 0, high ?? 1, 0.08, true) } },
     axes: [
       xTime ? { ...axis, size: 24, space: 80, values: (u, found) => found.map(clock) } : { ...axis, size: 24, label: xLabel, labelSize: 16, labelFont: axis.font, labelGap: -2, incrs: STEPS },
-      { ...axis, size: 54, values: (u, found) => found.map((one) => (one === null ? "" : number(one))) },
+      { ...axis, size: 54, grid: { ...axis.grid, ...(log ? { filter: (u, found) => found.map(powerOfTen) } : {}) }, values: (u, found) => found.map((one) => (one === null ? "" : number(one))) },
     ],
     series: [
       {},

@@ -86,10 +86,9 @@ function useAnswers() {
   return [answers.current, run, stop, controller.current !== null];
 }
 
-function speed({ usage, times }) {
-  if (!usage || times.length < 2) return null;
-  const seconds = (times.at(-1) - times[0]) / 1000;
-  return seconds > 0 ? (usage.completion_tokens - 1) / seconds : null;
+/** Tokens per second from the request to its last token: what is read in one go leaves no time between the others. */
+function speed({ usage, times, asked }) {
+  return usage && times.length ? (1000 * usage.completion_tokens) / (times.at(-1) - asked) : null;
 }
 
 function Answer({ model, answer, odds }) {
