@@ -84,8 +84,14 @@ def _train(platform: Platform, who: Actor, task: str, changes: dict[str, Any], k
     files = {"train": DATA / adapter.data.train} | (
         {} if adapter.data.test is None else {"test": DATA / adapter.data.test}
     )
+    columns = dict.fromkeys(column for path in files.values() for row in read_rows(path) for column in row)
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        """Test rows may have more references than training rows have answers: those are null there."""
+        return [dict.fromkeys(columns) | row for row in read_rows(path)]
+
     dataset = platform.home.add_dataset(
-        who, f"demo-{task}", files, read_rows, description="synthetic rows that ship with Lorikeet"
+        who, f"demo-{task}", files, read, description="synthetic rows that ship with Lorikeet"
     )
     platform.catalog.repositories.create(who, task, f"the demo's {task}", exists_ok=True)
     judge = next((one for one in recipe.tasks if one.adapter == task), None)

@@ -62,6 +62,7 @@ class Supervisor:
         self._owner = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._runs: list[_Run] = []
         self._wake = asyncio.Event()
+        self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -74,6 +75,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Have all jobs write their checkpoints and go back to the queue."""
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -215,6 +217,9 @@ class Supervisor:
         for lease in run.leases:
             reason = f"its process ended ({_exit_text(code)}) before the job had"
             try:
+                if self._stopping:  # it was told to leave before it could listen, or took too long
+                    self._jobs.release(lease, "the server stops; goes on from the last checkpoint")
+                    continue
                 self._jobs.fail(lease, ErrorInfo(code="job_process_died", message=reason, retryable=True))
             except LeaseLostError:
                 if lease.job.id not in run.over:
