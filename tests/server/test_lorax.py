@@ -100,7 +100,7 @@ def test_errors_have_the_protocols_shape(live: Hosted, client: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("merged_adapters", {"ids": ["a"], "weights": [1.0], "density": 5}), ("adapter_source", "pbase"),
+    [("merged_adapters", {"ids": ["a"], "weights": [1.0], "density": 5}), ("adapter_source", "nowhere"),
      ("typical_p", 0.5), ("watermark", True), ("repetition_penalty", 1.1), ("response_format", {"type": "json_object"}),
      ("max_new_tokens", -1), ("top_k", 0), ("frequency_penalty", 0.5)],
 )  # fmt: skip
