@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lorikeet.adapters.compiled import (
     bfloat16_bits,
     compile_adapter,
     compiled_name,
+    in_memory,
     open_compiled,
     remove_leftovers,
     trim,
@@ -202,3 +204,18 @@ def _raises(error: OSError) -> Callable[[int], None]:
         raise error
 
     return fsync
+
+
+def test_what_is_not_in_memory_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**21))
+    assert in_memory(path, 0, 2**20, 2**21) and in_memory(tmp_path / "none", 0, 1, 1)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(path, 0, 2**20, 2**21):
+        pytest.skip("this file system keeps what it is told to forget, or cannot say")
+    until = time.monotonic() + 30
+    while not in_memory(path, 0, 2**20, 2**21):
+        assert time.monotonic() < until
+        time.sleep(0.005)

@@ -19,9 +19,9 @@ def test_answers_survive_evictions_and_moves(world: Any, monkeypatch: pytest.Mon
     done: list[Any] = []
     carry_out = AdapterSlab.carry_out
 
-    def watched(slab: AdapterSlab, instructions: Any) -> Any:
+    def watched(slab: AdapterSlab, instructions: Any, late: Any = None) -> Any:
         done.extend(instructions)
-        return carry_out(slab, instructions)
+        return carry_out(slab, instructions, late)
 
     monkeypatch.setattr(AdapterSlab, "carry_out", watched)
     chance = random.Random(0)
@@ -84,3 +84,35 @@ def test_a_damaged_header_is_told_and_harms_nobody(world: Any) -> None:
     assert answers["g"].tokens == world.greedy([5, 6], 12, good.digest)
     error = answers["b"].events[-1].error
     assert (error.code, error.status, error.retryable) == ("adapter_lost", 503, True)
+
+
+def test_no_step_waits_for_the_disk(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream goes on while an adapter is on its way from disk; once nobody streams, the engine waits for it."""
+    info = world.adapter(1)
+    there: list[bool] = []
+    monkeypatch.setattr("lorikeet.engine.slab.in_memory", lambda path, start, count, nbytes: bool(there))
+    engine = world.engine([info])
+    engine.add(world.request("streams", [3, 4, 5], max_tokens=8, ignore_eos=True))
+    engine.step()
+    engine.add(world.request("waits", [3, 4, 5], info.digest, max_tokens=2, ignore_eos=True))
+    ended = {event.request_id: event.tokens for _ in range(4) for event in engine.step()}
+    assert set(ended) == {"streams"} and not engine.stats().adapters[0].resident
+    there.append(True)
+    seen: dict[str, list[int]] = {"streams": [], "waits": []}
+    while engine.has_work():
+        for event in engine.step():
+            seen[event.request_id] += event.tokens
+    assert len(seen["waits"]) == 2 and seen["waits"][0] == world.greedy([3, 4, 5], 1, info.digest)[0]
+    there.clear()
+    other = world.adapter(2)
+    engine.register(other)
+    assert len(world.run(engine, [world.request("alone", [3, 4], other.digest, max_tokens=1)])["alone"].tokens) == 1
+
+
+def test_a_disk_that_never_answers_is_waited_for_in_the_end(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = world.adapter(1)
+    monkeypatch.setattr("lorikeet.engine.slab.in_memory", lambda *_: False)
+    monkeypatch.setattr("lorikeet.engine.slab.LATEST", 0.0)
+    engine = world.engine([info])
+    requests = [world.request("base", [3], max_tokens=6), world.request("own", [3], info.digest, max_tokens=2)]
+    assert len(world.run(engine, requests)["own"].tokens) in (1, 2)

@@ -40,6 +40,7 @@ ALIGNMENT = 64
 VERSION = 3  # part of the file's name: raise it when the layout or the meaning of an entry changes
 _STORAGE: dict[Dtype, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
 _MAX_HEADER = 64 * 2**20
+_STRIDE = 32768  # bytes: systems read ahead in stretches no smaller
 STALE_SECONDS = 3600.0  # nobody writes for so long
 
 
@@ -271,6 +272,23 @@ def open_compiled(path: Path) -> CompiledAdapter:
     storage = np.dtype(_STORAGE[header.dtype])
     data = np.memmap(path, storage, "r", offset=start, shape=(header.nbytes // storage.itemsize,))
     return CompiledAdapter(header, data)
+
+
+def in_memory(path: Path, start: int, count: int, nbytes: int) -> bool:
+    """Whether `count` of a compiled file's `nbytes` of data, from byte `start` on, can be read without waiting for the
+    disk; if not, the disk is asked for the file. True where there is no telling: reading will say what is wrong."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            number, first = file.fileno(), os.fstat(file.fileno()).st_size - nbytes + start
+            try:
+                for at in (0, *range(first, first + count, _STRIDE), first + count - 1):
+                    os.preadv(number, [bytearray(1)], at, os.RWF_NOWAIT)
+            except BlockingIOError:
+                os.posix_fadvise(number, 0, 0, os.POSIX_FADV_WILLNEED)
+                return False
+    except (OSError, AttributeError):  # no such file, or a system that does not say
+        pass
+    return True
 
 
 def _write(path: Path, header: CompiledHeader, data: NDArray[Any]) -> None:

@@ -402,6 +402,10 @@ class Residency:
         if extent.resident:
             self._loading.pop(digest, None)
 
+    def postponed(self, copy: AdapterCopy) -> None:
+        """The runner has not carried out a copy: it is asked again."""
+        self._extents[copy.digest].copied -= copy.count
+
     def failed(self, digest: str) -> None:
         """The runner could not read the adapter: it is forgotten, and has to be registered again."""
         self._remove(digest)

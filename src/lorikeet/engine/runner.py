@@ -110,7 +110,9 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:
         """One step."""
-        outcome = Outcome(failed_adapters=self.slab.carry_out(plan.adapters))
+        outcome = Outcome()
+        late = outcome.late_adapters if plan.sequences else None  # a step of nobody may wait for the disk
+        outcome.failed_adapters = self.slab.carry_out(plan.adapters, late)
         for load in plan.loads:
             self._load(load)
         for slot, index, new in plan.blocks:

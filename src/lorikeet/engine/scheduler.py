@@ -13,7 +13,7 @@ from lorikeet.engine.fairness import FairQueues, Key
 from lorikeet.engine.request import EVERYWHERE, Sequence, Status, Stretch
 from lorikeet.engine.residency import Instruction, Place, Residency
 from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
-from lorikeet.types import ErrorInfo, Event, FinishReason, SamplingParams, ScheduledSequence, TokenLogprob
+from lorikeet.types import AdapterCopy, ErrorInfo, Event, FinishReason, SamplingParams, ScheduledSequence, TokenLogprob
 
 FREE_TOKENS = 24  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
 CROWD = 2  # requests without a first token for each that streams, from which the first tokens come first
@@ -61,6 +61,7 @@ class Outcome:
     prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     failed: dict[int, ErrorInfo] = field(default_factory=dict)
     failed_adapters: dict[str, ErrorInfo] = field(default_factory=dict)
+    late_adapters: set[str] = field(default_factory=set)  # of which nothing was copied yet
 
 
 class Scheduler:
@@ -477,9 +478,12 @@ class Scheduler:
     def update(self, plan: Plan, outcome: Outcome) -> list[Event]:
         """Take in a step's outcome; the events to send, those of cancelled and expired requests among them."""
         for instruction in plan.adapters:
-            digest = getattr(instruction, "digest", None)
-            if digest is not None and digest not in outcome.failed_adapters:
-                self.residency.arrived(digest)
+            if not isinstance(instruction, AdapterCopy) or instruction.digest in outcome.failed_adapters:
+                continue
+            if instruction.digest in outcome.late_adapters:
+                self.residency.postponed(instruction)
+            else:
+                self.residency.arrived(instruction.digest)
         for digest, error in outcome.failed_adapters.items():
             self.residency.failed(digest)
             self._by_hand = [one for one in self._by_hand if one != digest]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, CompiledHeader, open_compiled
+from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, CompiledHeader, in_memory, open_compiled
 from lorikeet.engine.residency import AdapterMove, Instruction
 from lorikeet.errors import AdapterError, AdapterLostError, LorikeetError
 from lorikeet.kernels.batch import Slab, SlabOverride
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import ROLES, AdapterCopy, ErrorInfo
+
+LATEST = 0.5  # seconds that the disk may take before a step waits for it
 
 
 class AdapterSlab:
@@ -41,12 +44,19 @@ class AdapterSlab:
         self.overriding: set[int] = set()  # handles that do more than act on linear layers
         self._bytes = self.slab.data.view(torch.uint8)
         self._open = open_adapter
+        self._late: dict[str, float] = {}  # since when the disk has been asked for an adapter
 
-    def carry_out(self, instructions: Sequence[Instruction]) -> dict[str, ErrorInfo]:
-        """Do what residency says, in order; adapters that cannot be read, with the reason."""
+    def carry_out(self, instructions: Sequence[Instruction], late: set[str] | None = None) -> dict[str, ErrorInfo]:
+        """Do what residency says, in order; adapters that cannot be read, with the reason.
+
+        Nothing is copied of those that the disk has yet to bring, and they are added to `late`; None: wait for it.
+        """
         failed = {}
         for instruction in instructions:
             if isinstance(instruction, AdapterCopy):
+                if late is not None and self._is_late(instruction):
+                    late.add(instruction.digest)
+                    continue
                 try:
                     self._copy(instruction)
                 except (LorikeetError, OSError, IndexError, ValueError, RuntimeError) as error:  # also a damaged header
@@ -59,6 +69,17 @@ class AdapterSlab:
                     self.slab.table[instruction.handle] = 0
                 self._forget(instruction.handle)
         return failed
+
+    def _is_late(self, copy: AdapterCopy) -> bool:
+        """Whether the step would wait for the disk, which is not taken for granted for ever."""
+        if in_memory(Path(copy.path), copy.start, copy.count, copy.nbytes):
+            self._late.pop(copy.digest, None)
+            return False
+        now = time.monotonic()
+        if now - self._late.setdefault(copy.digest, now) < LATEST:
+            return True
+        del self._late[copy.digest]
+        return False
 
     def _copy(self, copy: AdapterCopy) -> None:
         adapter = self._open(Path(copy.path))
