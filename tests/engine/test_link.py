@@ -155,9 +155,19 @@ def test_while_there_is_no_engine_requests_are_refused() -> None:
             with pytest.raises(LorikeetError) as error:
                 await client.submit(request("a"))
             assert error.value.status == 503 and error.value.retry_after
+            assert error.value.message == "the engine is starting again"
             await until_ready(client)
             assert client.pid != pid
             assert tokens(await generate(client, request("b"))) == [2, 3, 4, 5]
+
+    run(test)
+
+
+def test_before_the_first_engine_is_there_nothing_starts_again() -> None:
+    async def test() -> None:
+        with pytest.raises(LorikeetError) as error:
+            await EngineClient(EngineConfig()).submit(request("a"))
+        assert error.value.status == 503 and error.value.message == "the engine is starting"
 
     run(test)
 

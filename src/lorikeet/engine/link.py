@@ -293,7 +293,8 @@ class EngineClient:
         if self._draining:
             raise UnavailableError("the server is shutting down", retry_after=RETRY_AFTER)
         if not self._ready:
-            raise UnavailableError("the engine is starting again", retry_after=RETRY_AFTER, hint="try again shortly")
+            again = "" if self.info is None else " again"
+            raise UnavailableError(f"the engine is starting{again}", retry_after=RETRY_AFTER, hint="try again shortly")
 
     # --- the process --------------------------------------------------------------------------------------------
 
