@@ -165,8 +165,13 @@ def test_while_there_is_no_engine_requests_are_refused() -> None:
 
 def test_before_the_first_engine_is_there_nothing_starts_again() -> None:
     async def test() -> None:
+        client = EngineClient(EngineConfig(), command=[sys.executable, str(SCRIPTED)])
+        starting = asyncio.create_task(client.start())
+        await asyncio.sleep(0)
         with pytest.raises(LorikeetError) as error:
-            await EngineClient(EngineConfig()).submit(request("a"))
+            await client.submit(request("a"))
+        await starting
+        await client.stop()
         assert error.value.status == 503 and error.value.message == "the engine is starting"
 
     run(test)
