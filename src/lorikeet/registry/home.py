@@ -58,17 +58,19 @@ class Home:
         repository: str,
         folder: Path,
         *,
+        digest: str | None = None,
         description: str = "",
         parent: str | None = None,
         source: str | None = None,
         idempotency_key: str | None = None,
         report: Report | None = None,
     ) -> Version:
-        """The PEFT folder as the next version of the repository, which is made where it is not there.
+        """The PEFT folder as the next version of the repository, which is made where it is not there; `digest` as
+        `read_adapter` takes it.
 
         Raises `AdapterError` for a folder that is no adapter, and what the catalog raises.
         """
-        content = self.read_adapter(folder, source=source, report=report)
+        content = self.read_adapter(folder, digest=digest, source=source, report=report)
         return self.catalog.versions.add(
             who, repository, content, description=description, parent=parent, create=True,
             idempotency_key=idempotency_key,

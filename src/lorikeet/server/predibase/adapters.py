@@ -70,7 +70,8 @@ async def _add(state: ServerState, platform: Platform, who: Actor, upload: Uploa
         folder = Path(place)
         for name in (CONFIG, WEIGHTS):
             await platform.run_slow(uploads.bring, platform.blobs, upload, name, folder)
-        await state.engine.resolve(folder)
+        checked = await state.engine.resolve(folder)
         return await platform.run_slow(
-            platform.home.add_adapter, who, upload.spec["repo"], folder, source="upload", idempotency_key=upload.id
-        )
+            platform.home.add_adapter, who, upload.spec["repo"], folder, digest=checked.digest, source="upload",
+            idempotency_key=upload.id,
+        )  # fmt: skip
