@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +319,30 @@ def test_a_client_that_leaves_frees_its_blocks(live: Hosted) -> None:
     gauges = dict(line.split() for line in lines if line.startswith("lorikeet_engine"))
     assert gauges["lorikeet_engine_running"] == "0.0"
     assert gauges["lorikeet_engine_blocks_free"] == gauges["lorikeet_engine_blocks_total"]
+
+
+def test_a_client_that_leaves_before_its_body_has_come_is_no_fault(
+    scripted: Hosted, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = scripted.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 100\r\n\r\n{")
+        scripted.complete(prompt=[1, 2], max_tokens=1)  # by now the other request is being read
+    scripted.complete(prompt=[1, 2], max_tokens=1)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_connections_are_as_many_as_the_system_allows(bare_model: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        with hosted(bare_model, scripted=True) as server, ExitStack() as clients:
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+            for _ in range(min(400, hard // 4)):
+                clients.enter_context(socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))))
+            server.complete(prompt=[1, 2], max_tokens=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_queue_is_bounded(scripted: Hosted) -> None:

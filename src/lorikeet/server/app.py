@@ -7,6 +7,7 @@ import logging
 from fastapi import Depends, FastAPI, Request, Response, WebSocket
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.status import WS_1008_POLICY_VIOLATION as WS_POLICY_VIOLATION
 from starlette.websockets import WebSocketState
 
@@ -131,8 +132,9 @@ def _add_errors(app: FastAPI, state: ServerState) -> None:
         told.status = error.status_code
         return reply(request, told)
 
+    @app.exception_handler(ClientDisconnect)  # while its body was read
     @app.exception_handler(ClientGoneError)
-    async def gone(request: Request, error: ClientGoneError) -> Response:
+    async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     async def refuse_socket(socket: WebSocket, error: LorikeetError) -> None:

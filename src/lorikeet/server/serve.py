@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -33,6 +34,7 @@ from lorikeet.server.state import ServerState
 log = logging.getLogger("lorikeet.server")
 
 GOODBYE_SECONDS = 5  # for the last bytes of answers, after the engine has ended them
+KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep theirs (60): who closes first resets what the other just sent
 LISTED = 40  # adapters that the start-up table names
 
 
@@ -114,6 +116,7 @@ async def serve(
 
     The listener answers from the start: `/health/live` is 200 and `/health/ready` 503 while the engine loads.
     """
+    _allow_connections()
     state = make_state(config, engine)
     stop = stop or asyncio.Event()
     at_once = asyncio.Event()
@@ -121,7 +124,8 @@ async def serve(
     server = Server(
         uvicorn.Config(
             create_app(state), log_config=None, log_level="warning", access_log=False,
-            timeout_graceful_shutdown=GOODBYE_SECONDS, lifespan="off", backlog=4096,
+            timeout_graceful_shutdown=GOODBYE_SECONDS, timeout_keep_alive=KEEP_ALIVE_SECONDS, lifespan="off",
+            backlog=4096,
         )
     )  # fmt: skip
     serving = asyncio.create_task(server.serve([listener]))
@@ -148,6 +152,14 @@ async def serve(
         if state.platform is not None:
             state.platform.close()
         listener.close()
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets this process have: each connection is one, and shells allow only 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS names a hard limit that it does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _start_engine(state: ServerState, stop: asyncio.Event) -> bool:
