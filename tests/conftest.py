@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,32 @@ from tests.fixtures import SHAPES, make_adapter, make_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 MakeAdapters = Callable[..., list[Path]]
+
+
+def pytest_configure() -> None:
+    """Where there is no CUDA device, GPU kernels are interpreted on the CPU: said before anything imports triton."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a CUDA device, whatever uses `device` needs it: `-m gpu` runs the interpreter's tests there too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where tests of GPU kernels put their tensors: a CUDA device where there is one, else Triton's interpreter."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if request.node.get_closest_marker("gpu"):
+        pytest.skip("needs a CUDA device")
+    pytest.importorskip("triton", reason="GPU kernels need triton")
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)

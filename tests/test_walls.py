@@ -66,7 +66,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # library -> the only files or folders that may import it
 HOMES: dict[str, set[str]] = {
-    "triton": {"kernels/gpu.py"},
+    "triton": {"kernels/gpu"},
     "numba": {"kernels/cpu"},
     "fastapi": {"server/"},
     "uvicorn": {"server/"},

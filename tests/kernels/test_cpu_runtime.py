@@ -74,8 +74,6 @@ assert torch.allclose(cpu_rows.silu_mul(x), torch.nn.functional.silu(gate) * up,
 def test_pick_by_device() -> None:
     assert isinstance(kernels.pick("cpu"), CpuOps)
     assert type(kernels.pick("reference")) is ReferenceOps
-    with pytest.raises(ConfigError, match="cuda:1"):
-        kernels.pick("cuda:1")
     with pytest.raises(ConfigError, match="'tpu'"):
         kernels.pick("tpu")
 
