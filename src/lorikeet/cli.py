@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorikeet import __version__, cli_jobs, cli_keys, cli_up
-from lorikeet.cli_flags import one_of
+from lorikeet.cli_flags import ADAPTERS, HTTP, EngineFlags, HttpFlags, SourceFlags, StepFlags, one_of, with_flags
 from lorikeet.cli_progress import adapter_folder, progress
 from lorikeet.cli_registry import add_commands
 from lorikeet.errors import ConfigError, LorikeetError
@@ -45,122 +45,27 @@ def _root(
     "curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' "
     '-d \'{"model": "intent", "prompt": "..."}\''
 )
+@with_flags
 def serve(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the base; without it the embedded base.")
-    ] = "lorikeet-nano",
     adapters: Annotated[
-        str | None, typer.Option(help="Serve every PEFT folder below this one, new ones without a restart.")
-    ] = None,
-    adapter_sources: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Where requests may fetch adapters from, such as hf,s3,https; also gs and az. Default: none."
-        ),
-    ] = "",
-    allow_private_sources: Annotated[
-        bool, typer.Option("--allow-private-sources", help="Fetch from private addresses and over http, too.")
-    ] = False,
-    s3_endpoint: Annotated[str | None, typer.Option(help="URL of an S3-compatible store; default: AWS.")] = None,
-    max_adapter_bytes: Annotated[str, typer.Option(help="Largest adapter that is fetched.")] = "4GiB",
-    download_disk: Annotated[str, typer.Option(help="Budget of fetched adapters on disk.")] = "20GiB",
-    fetch_seconds: Annotated[float, typer.Option(help="How long a request waits for its adapter.", min=1)] = 120.0,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto | float32 | bfloat16; auto is bf16 where the device has it natively.")
-    ] = "auto",
-    quantize: Annotated[
-        str, typer.Option(help="none | int8: hold the base's linear layers in int8, half the bytes of bf16.")
-    ] = "none",
-    adapter_dtype: Annotated[str, typer.Option(help="auto (as --dtype) | float32 | bfloat16")] = "auto",
-    adapter_memory: Annotated[str | None, typer.Option(help="Budget of resident adapters, such as 512MiB.")] = None,
-    adapter_host_memory: Annotated[
-        str | None, typer.Option(help="Budget of pinned host copies; only with a GPU.")
-    ] = None,
-    adapter_disk: Annotated[str | None, typer.Option(help="Budget of compiled adapters on disk.")] = None,
-    kv_memory: Annotated[str | None, typer.Option(help="Budget of keys and values, such as 2GiB.")] = None,
-    max_seqs: Annotated[int, typer.Option(help="Sequences that run at once.", min=1)] = 64,
-    max_context: Annotated[int | None, typer.Option(help="Longest prompt + answer; default: the model's.")] = None,
-    step_tokens: Annotated[int, typer.Option(help="Tokens of one step; long prompts run in chunks.", min=16)] = 1024,
-    chunk_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Prompt tokens in a step beside running streams: few keep the streams even, many bring first tokens "
-            "sooner. Default: 12 to 24, or half as many as streams; all, once more than two requests wait for each.",
-            min=1,
+            help="Serve every PEFT folder below this one, new ones without a restart.", rich_help_panel=ADAPTERS
         ),
     ] = None,
-    queue: Annotated[
-        int, typer.Option(help="Requests that may wait; of more, those of who has most get a 429.", min=1)
-    ] = 1024,
-    fair: Annotated[
-        bool, typer.Option(help="Adapters take turns by the tokens they were served; else first come, first served.")
-    ] = True,
-    drain_seconds: Annotated[float, typer.Option(help="After SIGTERM, how long running requests may take.")] = 30.0,
-    allow_lock_mismatch: Annotated[
-        bool, typer.Option("--allow-lock-mismatch", help="Serve adapters made for another base or tokenizer.")
-    ] = False,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LORIKEET_API_KEY", help="Key that every request must carry.")
+        str | None,
+        typer.Option(envvar="LORIKEET_API_KEY", help="Key that every request must carry.", rich_help_panel=HTTP),
     ] = None,
-    cors_origin: Annotated[
-        list[str] | None, typer.Option(help="A site whose pages may use the server, such as https://app.example.com.")
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="A name by which a server on loopback without a key may be reached.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
+    *,
+    engine: EngineFlags,
+    sources: SourceFlags,
+    http: HttpFlags,
 ) -> None:
     """Serve one base and all its adapters over HTTP (OpenAI and LoRAX protocols)."""
-    from lorikeet.config import EngineConfig, ServeConfig, SourceConfig, parse_size
     from lorikeet.server.serve import run_serve
 
-    def size(text: str | None, flag: str) -> int | None:
-        return None if text is None else parse_size(text, flag)
-
-    engine = EngineConfig(
-        model=model,
-        device=one_of(device, "--device", "auto", "cpu", "cuda"),
-        dtype=one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
-        quantize=one_of(quantize, "--quantize", "none", "int8"),
-        adapter_dtype=one_of(adapter_dtype, "--adapter-dtype", "auto", "float32", "bfloat16"),
-        adapter_memory=size(adapter_memory, "--adapter-memory"),
-        adapter_host_memory=size(adapter_host_memory, "--adapter-host-memory"),
-        adapter_disk=size(adapter_disk, "--adapter-disk"),
-        kv_memory=size(kv_memory, "--kv-memory"),
-        max_seqs=max_seqs,
-        max_context=max_context,
-        step_tokens=step_tokens,
-        chunk_tokens=chunk_tokens,
-        queue=queue,
-        fair=fair,
-        allow_lock_mismatch=allow_lock_mismatch,
-        threads=threads,
-    )
-    kinds = [kind for kind in adapter_sources.split(",") if kind]
-    sources = SourceConfig(
-        allow_private=allow_private_sources,
-        s3_endpoint=s3_endpoint,
-        max_bytes=parse_size(max_adapter_bytes, "--max-adapter-bytes"),
-        cache_bytes=parse_size(download_disk, "--download-disk"),
-        total_seconds=fetch_seconds,
-    )
-    run_serve(
-        ServeConfig(
-            engine=engine,
-            adapters=adapters,
-            adapter_sources=tuple(one_of(kind, "--adapter-sources", "hf", "s3", "gs", "az", "https") for kind in kinds),
-            sources=sources,
-            host=host,
-            port=port,
-            drain_seconds=drain_seconds,
-            api_key=api_key,
-            cors_origins=tuple(cors_origin or ()),
-            allowed_hosts=tuple(allowed_host or ()),
-        )
-    )
+    run_serve(http.serving(engine.engine(), sources, adapters=adapters, api_key=api_key))
 
 
 app.command(epilog=cli_up.EPILOG)(cli_up.up)
@@ -408,32 +313,18 @@ def simulate(
     epilog="[bold]Examples[/]\n\nlorikeet bench --adapters runs/demo --output bench.json\n\n"
     "lorikeet bench --model ./Qwen2.5-0.5B --adapters ./adapters --max-seqs 32 --output bench.json"
 )
+@with_flags
 def bench(
     output: Annotated[Path, typer.Option(help="Where the measured steps go (JSON).")],
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of the base; without it the embedded base.")
-    ] = "lorikeet-nano",
     adapters: Annotated[Path | None, typer.Option(help="PEFT folders below this one take part, 64 at most.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto | float32 | bfloat16, as for serve.")] = "auto",
-    quantize: Annotated[str, typer.Option(help="none | int8, as for serve.")] = "none",
-    max_seqs: Annotated[int, typer.Option(help="Sequences that run at once.", min=1)] = 64,
-    step_tokens: Annotated[int, typer.Option(help="Tokens of one step.", min=16)] = 1024,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: all cores.", min=1)] = None,
     repeats: Annotated[int, typer.Option(help="How often everything is measured.", min=1)] = 1,
+    *,
+    step: StepFlags,
 ) -> None:
     """Measure the steps of this machine, for scenarios whose cost is `fitted`. Let nothing else run beside it."""
     from lorikeet.bench import run_bench
-    from lorikeet.config import EngineConfig
 
-    config = EngineConfig(
-        model=model,
-        dtype=one_of(dtype, "--dtype", "auto", "float32", "bfloat16"),
-        quantize=one_of(quantize, "--quantize", "none", "int8"),
-        max_seqs=max_seqs,
-        step_tokens=step_tokens,
-        threads=threads,
-    )
-    run_bench(config, adapters=adapters, output=output, repeats=repeats)
+    run_bench(step.engine(), adapters=adapters, output=output, repeats=repeats)
 
 
 def main() -> None:
