@@ -22,8 +22,8 @@ from lorikeet.adapters.compiled import Dtype, compile_adapter
 from lorikeet.adapters.configs import CONFIG
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
+from lorikeet.engine.plan import Outcome, Plan
 from lorikeet.engine.runner import Runner
-from lorikeet.engine.scheduler import Outcome, Plan
 from lorikeet.errors import ConfigError
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model.families import load_spec

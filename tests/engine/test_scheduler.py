@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorikeet.engine.blocks import BlockPool, root_key
+from lorikeet.engine.plan import Outcome, Plan
 from lorikeet.engine.request import Sequence
 from lorikeet.engine.residency import Residency
-from lorikeet.engine.scheduler import Outcome, Plan, Scheduler
+from lorikeet.engine.scheduler import Scheduler
 from lorikeet.types import AdapterInfo, Event, Request, SamplingParams, TokenLogprob
 
 UNIT = 64

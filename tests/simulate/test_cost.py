@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from tests.simulate.scenarios import GIVEN
 
+from lorikeet.engine.plan import Plan, SlotLoad
 from lorikeet.engine.residency import AdapterDrop, AdapterMove, Instruction
-from lorikeet.engine.scheduler import Plan, SlotLoad
 from lorikeet.simulate.cost import CostModel, StepFeatures, StepMeter, given_model
 from lorikeet.simulate.scenario import GivenCost
 from lorikeet.types import AdapterCopy, SamplingParams, ScheduledSequence

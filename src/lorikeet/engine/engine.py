@@ -135,12 +135,12 @@ class Engine:
         if not residency.knows(digest):
             raise _not_known(digest)
         if action == "unload":
-            self._scheduler.unload(digest)
+            self._scheduler.intake.unload(digest)
         elif action == "unpin":
             residency.pin(digest, False)
         elif not residency.fits(digest):
             raise AdapterInUseError("the pinned adapters leave no room for it", hint="unpin or unload some of them")
-        elif not self._scheduler.bring_in(digest):
+        elif not self._scheduler.intake.bring_in(digest):
             raise AdapterInUseError("the adapters in use leave no room for it now", hint="try again later")
         elif action == "pin":
             residency.pin(digest)

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lorikeet.engine.plan import Outcome, Plan, SlotLoad
 from lorikeet.engine.sampler import AllowedTokens, SamplingRows, logprobs, sample
-from lorikeet.engine.scheduler import Outcome, Plan, SlotLoad
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.errors import LorikeetError
 from lorikeet.kernels.batch import Batch, LayerCache, Segments

@@ -6,14 +6,15 @@ import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from lorikeet.engine.blocks import BlockPool, block_key
 from lorikeet.engine.fairness import FairQueues, Key
-from lorikeet.engine.request import EVERYWHERE, Sequence, Status, Stretch
-from lorikeet.engine.residency import Instruction, Place, Residency
+from lorikeet.engine.intake import AdapterIntake
+from lorikeet.engine.plan import Outcome, Plan, SlotLoad
+from lorikeet.engine.request import Sequence, Status
+from lorikeet.engine.residency import Place, Residency
 from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
-from lorikeet.types import AdapterCopy, ErrorInfo, Event, FinishReason, SamplingParams, ScheduledSequence, TokenLogprob
+from lorikeet.types import AdapterCopy, ErrorInfo, Event, FinishReason, ScheduledSequence, TokenLogprob
 
 FREE_TOKENS = 24  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
 CROWD = 2  # requests without a first token for each that streams, from which the first tokens come first
@@ -21,47 +22,6 @@ LEAST_TOKENS = 12  # of prompts in a step, however many sequences decode
 LONGEST_WAIT = 64  # steps that the next in turn waits before running sequences of over-served others give way
 SHORT_WAIT = 4  # steps, before somebody with two places more gives way
 LOOK_EVERY = 4  # steps
-LOOK_AHEAD = 8  # of so many slots hardly more than one is free after a step: its adapter should be there by then
-
-
-@dataclass(slots=True)
-class SlotLoad:
-    """A sequence takes a slot: its tokens so far, its blocks, its adapter's handle (-1 is the base)."""
-
-    slot: int
-    tokens: list[int]
-    blocks: list[int]
-    handle: int
-    sampling: SamplingParams
-    seed: int
-    acts: tuple[Stretch, Stretch] = EVERYWHERE  # where the adapter acts
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step, for the runner: carried out in the order of the fields. Nothing is ever copied between blocks."""
-
-    adapters: list[Instruction] = field(default_factory=list)
-    loads: list[SlotLoad] = field(default_factory=list)
-    blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (slot, index in the sequence, blocks)
-    tokens: list[tuple[int, int, list[int]]] = field(default_factory=list)  # (slot, position, tokens not sampled)
-    sequences: list[ScheduledSequence] = field(default_factory=list)
-    allowed: dict[int, list[int]] = field(default_factory=dict)  # slot -> the only tokens that may be sampled
-    token_count: int = 0
-    token_limit: int = 0
-    logit_rows: int = 0
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What the runner reports of a step, by slot. A slot in `failed` has no token."""
-
-    tokens: dict[int, int] = field(default_factory=dict)
-    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
-    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
-    failed: dict[int, ErrorInfo] = field(default_factory=dict)
-    failed_adapters: dict[str, ErrorInfo] = field(default_factory=dict)
-    late_adapters: set[str] = field(default_factory=set)  # of which nothing was copied yet
 
 
 class Scheduler:
@@ -98,13 +58,12 @@ class Scheduler:
         self.max_seqs, self.queue, self.prefix_cache = max_seqs, queue, prefix_cache
         self.tenant_queue = tenant_queue
         self.waiting = FairQueues(tenant_weights, fair=fair)
+        self.intake = AdapterIntake(residency, self.waiting, max_seqs=max_seqs)
         self.running: list[Sequence] = []  # by arrival
         self._by_id: dict[str, Sequence] = {}
         self._by_slot: dict[int, Sequence] = {}
         self._free_slots = list(range(max_seqs))
         self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._ahead: set[str] = set()  # adapters that were brought in before the turn of those that wait for them
-        self._by_hand: list[str] = []  # adapters to bring in for no request
         self._events: list[Event] = []
         self._finish_times: deque[float] = deque(maxlen=64)
         self._now = 0.0
@@ -156,7 +115,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._by_id or self._events or self.residency.loading or self._by_hand)
+        return bool(self._by_id or self._events or self.residency.loading or self.intake.pending)
 
     def _retry_after(self, now: float) -> float:
         """Seconds until about a tenth of the queue is done, at the pace of the latest requests."""
@@ -226,7 +185,7 @@ class Scheduler:
                 self._preempt(one)
                 return
         else:
-            in_the_way = [one for one in self.running if one.adapter and self.waiting.held_back(one.adapter)]
+            in_the_way = self.intake.in_the_way(self.running)
         if waited >= LONGEST_WAIT and place is not Place.LOADING and in_the_way:
             lead, _, victim = max((self.waiting.ahead(one, head), one.arrival, one) for one in in_the_way)
             if lead > 0:
@@ -262,21 +221,27 @@ class Scheduler:
         holds up its own queue only. For those that wait on their adapters are brought in meanwhile.
         """
         short = stuck = False  # stuck: an adapter waits for room in the slab; nobody less deserving may ask before it
-        ahead = max(2, self.max_seqs // LOOK_AHEAD)
+        ahead = self.intake.turns_ahead
         for key in self.waiting.turns():
             short = short or not self._free_slots or plan.token_count >= plan.token_limit
             if short:
                 ahead -= 1
-                if stuck or ahead < 0 or not self._look_ahead(key.adapter):
+                if stuck or ahead < 0 or not self.intake.look_ahead(key.adapter):
                     break
                 continue
             place = Place.RESIDENT if key.adapter is None else self._place(key.adapter, stuck)
             stuck |= place is Place.FULL
             if place is Place.RESIDENT:
                 short = not self._admit_one(key, plan)
-        if self._by_hand and not stuck:
-            wanted = self.waiting.wanted()
-            self._by_hand = [one for one in self._by_hand if self.residency.ensure(one, wanted) is Place.FULL]
+        if self.intake.pending and not stuck:
+            self.intake.go_on()
+
+    def _place(self, adapter: str, stuck: bool) -> Place:
+        try:
+            return self.intake.place(adapter, stuck)
+        except AdapterError as error:
+            self._fail_adapter(adapter, error.info())
+            return Place.LOADING
 
     def _admit_one(self, key: Key, plan: Plan) -> bool:
         sequence = self.waiting.head(key)
@@ -289,51 +254,6 @@ class Scheduler:
         self._start(self.waiting.pop(key), plan)
         self._run(sequence, count, plan)
         return True
-
-    # --- adapters that are waited for -----------------------------------------------------------------------------
-
-    def bring_in(self, adapter: str) -> bool:
-        """Have a known adapter brought in though no request waits for it; False where those that are in use or wanted
-        leave no room for it."""
-        wanted = self.waiting.wanted()
-        if not self.residency.can_hold(adapter, wanted):
-            return False
-        if self.residency.ensure(adapter, wanted) is Place.FULL and adapter not in self._by_hand:
-            self._by_hand.append(adapter)  # room is being made
-        return True
-
-    def unload(self, adapter: str) -> None:
-        """Take an adapter out of the slab. Raises AdapterInUseError."""
-        self.residency.unload(adapter)
-        self._by_hand = [one for one in self._by_hand if one != adapter]
-
-    def _place(self, adapter: str, stuck: bool) -> Place:
-        if self.waiting.held_back(adapter):
-            return Place.LOADING
-        self._ahead.discard(adapter)
-        place = self.residency.place(adapter)
-        if place is Place.FULL and not stuck:
-            if not self.residency.fits(adapter):
-                self._fail_adapter(adapter, AdapterError("adapter: the pinned ones leave no room for it").info())
-                return Place.LOADING
-            wanted = self.waiting.wanted()
-            self._ahead &= wanted
-            place = self.residency.ensure(adapter, keep=wanted - self._ahead)
-            if place is Place.FULL:
-                self.waiting.make_way(adapter, self.residency.size(adapter), self.residency.movable)
-        if place is not Place.FULL:
-            self.waiting.made_way(adapter)
-        return place
-
-    def _look_ahead(self, adapter: str | None) -> bool:
-        """Bring in the adapter of one whose turn has not come, in room that nobody else needs. What came so gives way
-        to those whose turn it is. False where this step has no more to give."""
-        if adapter is None or self.waiting.held_back(adapter) or self.residency.place(adapter) is not Place.FULL:
-            return True
-        if self.residency.copies_enough or not self.residency.can_hold(adapter, wanted := self.waiting.wanted()):
-            return False
-        self._ahead.add(adapter)
-        return self.residency.ensure(adapter, wanted) is not Place.FULL
 
     def _chunk(self, sequence: Sequence, plan: Plan) -> int:
         """How many tokens of a sequence fit into what is left of the step; those that must be scored count as rows."""
@@ -485,8 +405,7 @@ class Scheduler:
             else:
                 self.residency.arrived(instruction.digest)
         for digest, error in outcome.failed_adapters.items():
-            self.residency.failed(digest)
-            self._by_hand = [one for one in self._by_hand if one != digest]
+            self.intake.failed(digest)
             self._fail_adapter(digest, error)
         for item in plan.sequences:
             self._advance(self._by_slot[item.slot], item, outcome)

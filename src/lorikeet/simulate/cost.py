@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from lorikeet.config import parse_size
+from lorikeet.engine.plan import Plan
 from lorikeet.engine.residency import AdapterMove
-from lorikeet.engine.scheduler import Plan
 from lorikeet.simulate.scenario import GivenCost
 from lorikeet.types import AdapterCopy
 

@@ -6,9 +6,10 @@ from typing import Literal
 
 from lorikeet.config import parse_size
 from lorikeet.engine.blocks import BlockPool
+from lorikeet.engine.plan import Outcome, Plan
 from lorikeet.engine.request import Sequence
 from lorikeet.engine.residency import Place, Residency
-from lorikeet.engine.scheduler import Outcome, Plan, Scheduler
+from lorikeet.engine.scheduler import Scheduler
 from lorikeet.simulate.cost import CostModel, StepMeter
 from lorikeet.simulate.scenario import EngineLimits
 from lorikeet.types import AdapterInfo, Event

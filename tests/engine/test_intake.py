@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.test_scheduler import UNIT, Stage
 
+from lorikeet.engine.plan import Plan
 from lorikeet.engine.residency import AdapterDrop, Place
-from lorikeet.engine.scheduler import Plan
 from lorikeet.errors import AdapterInUseError
 from lorikeet.types import AdapterCopy
 
@@ -88,7 +88,7 @@ def test_what_came_ahead_gives_way_to_whose_turn_it_is() -> None:
     for i in range(6):
         stage.add(2, 2, stage.register(f"busy{i}"))
         stage.step()
-    assert stage.residency.used == stage.residency.budget and len(stage.scheduler._ahead) == 2
+    assert stage.residency.used == stage.residency.budget and len(stage.scheduler.intake._ahead) == 2
     shy = stage.add(2, 1, stage.register("shy"))
     stage.scheduler.waiting._adapters._served["shy"] = -1.0
     while len(stage.scheduler.running) == 2:
@@ -110,7 +110,7 @@ def test_whatever_is_brought_in_the_rest_stays(data: st.DataObject) -> None:
     stage = Stage(max_seqs=draw(st.integers(1, 3)), slab=draw(st.integers(4, 8)), blocks=40)
     names = [stage.register(f"a{i}", size) for i, size in enumerate(draw(st.lists(st.integers(1, 3), min_size=8)))]
     scheduler = stage.scheduler
-    look_ahead = scheduler._look_ahead
+    look_ahead = scheduler.intake.look_ahead
 
     def watched(adapter: str | None) -> bool:
         before = {name for name in scheduler.waiting.wanted() if stage.residency.place(name) is not Place.FULL}
@@ -118,7 +118,7 @@ def test_whatever_is_brought_in_the_rest_stays(data: st.DataObject) -> None:
         assert all(stage.residency.place(name) is not Place.FULL for name in before)
         return done
 
-    scheduler._look_ahead = watched  # type: ignore[method-assign]
+    scheduler.intake.look_ahead = watched  # type: ignore[method-assign]
     for _ in range(draw(st.integers(1, 30))):
         stage.add(draw(st.integers(1, 10)), draw(st.integers(1, 8)), draw(st.sampled_from([None, *names])))
         for _ in range(draw(st.integers(0, 2))):
@@ -150,11 +150,11 @@ def test_what_is_asked_for_by_hand_comes_in_over_several_steps() -> None:
         stage.residency.ensure(stage.register(f"s{i}"))
         stage.step()
     for i in (0, 2, 4):
-        stage.scheduler.unload(f"s{i}")
+        stage.scheduler.intake.unload(f"s{i}")
     for i in (1, 3, 5):
         stage.residency.pin(f"s{i}")
     name = stage.register("large", 3)
-    assert stage.scheduler.bring_in(name) and stage.scheduler.has_work
+    assert stage.scheduler.intake.bring_in(name) and stage.scheduler.has_work
     stage.finish(limit=10)
     assert all(stage.residency.place(one) is Place.RESIDENT for one in ("s1", "s3", "s5", "large"))
 
@@ -164,10 +164,10 @@ def test_by_hand_nothing_goes_that_somebody_needs() -> None:
     stage.add(2, 8, stage.register("used"))
     stage.step()
     stage.step()
-    assert not stage.scheduler.bring_in(stage.register("large", 2)) and not stage.scheduler._by_hand
+    assert not stage.scheduler.intake.bring_in(stage.register("large", 2)) and not stage.scheduler.intake.pending
     with pytest.raises(AdapterInUseError, match="1 requests run on it"):
-        stage.scheduler.unload("used")
-    assert stage.scheduler.bring_in(stage.register("small"))
-    stage.scheduler.unload("small")
+        stage.scheduler.intake.unload("used")
+    assert stage.scheduler.intake.bring_in(stage.register("small"))
+    stage.scheduler.intake.unload("small")
     stage.finish()
     assert stage.residency.place("small") is Place.FULL
