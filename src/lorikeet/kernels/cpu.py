@@ -32,9 +32,12 @@ class CpuOps(ReferenceOps):
     def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
         """A recorded program, one launch a step, where there are kernels for all of it; else kernel by kernel.
 
-        So are the steps in which an adapter acts on embedding, head or norms.
+        So are the steps in which an adapter acts on embedding, head or norms, and all steps where several processes
+        hold the model: programs do not wait for one another.
         """
         one_by_one = super().prepare(forward, slab, cache, rows)
+        if self.ranks is not None:
+            return one_by_one
         if not cache_folder().exists():
             log.info("compiling kernels for this processor, once: about half a minute")
         try:

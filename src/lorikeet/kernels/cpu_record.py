@@ -100,6 +100,12 @@ class Recorder:
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
         return self.take(table, tokens)
 
+    def reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, logits: Tensor, tokens: int) -> Tensor:
+        return logits
+
     def linear(self, weight: Weight, x: Tensor) -> Tensor:
         panels: Panels | None = getattr(weight, "panels", None)
         if panels is None:

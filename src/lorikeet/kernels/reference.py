@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.weight import DenseWeight, Weight
 from lorikeet.types import Site, SiteGroup
 
+if TYPE_CHECKING:
+    from lorikeet.kernels.ranks import Ranks
+
 Forward = Callable[[Batch, Any, Any, Sequence[LayerCache]], Tensor]  # batch, kernels, adapters, cache -> logits
 Step = Callable[[Batch], Tensor]
 
@@ -22,6 +25,7 @@ class ReferenceOps:
     """The set of kernels that `model.decoder` is given. Works in any float dtype, fp64 included."""
 
     inplace = True  # lowrank_add may write into y; the differentiable twins set this to False
+    ranks: Ranks | None = None  # the processes that hold the model together, None: this one holds it
 
     def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
         """The forward pass over this slab and cache as these kernels run it best, for batches of up to `rows` rows."""
@@ -132,6 +136,14 @@ class ReferenceOps:
     def take(self, table: Tensor, index: Tensor) -> Tensor:
         """Rows [N, d] of a table [R, d], or of a result, by index [N]."""
         return table[index]
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum of x [T, d] over the processes that hold the model together, on each of them; x may be written to."""
+        return x if self.ranks is None else self.ranks.sum(x)
+
+    def gather(self, logits: Tensor, tokens: int) -> Tensor:
+        """The logits [L, tokens] of the whole vocabulary, of which each process has computed a part."""
+        return logits if self.ranks is None else self.ranks.gather(logits, tokens)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(normed, x + residual): the residual stream is summed first, both [T, hidden]. Statistics in fp32."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.weight import Weight
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import Site, SiteGroup
+
+if TYPE_CHECKING:
+    from lorikeet.kernels.ranks import Ranks
 
 
 class Ops(Protocol):
@@ -25,6 +28,8 @@ class Ops(Protocol):
     def lowrank_add(self, y: Tensor, x: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor: ...
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor: ...
     def take(self, table: Tensor, index: Tensor) -> Tensor: ...
+    def reduce(self, x: Tensor) -> Tensor: ...
+    def gather(self, logits: Tensor, tokens: int) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
@@ -36,7 +41,9 @@ class Ops(Protocol):
 
 class ServingOps(Ops, Protocol):
     """Kernels that an engine runs on: for all that adapters may be beside pairs on linear layers. They may choose how
-    a whole forward pass is carried out."""
+    a whole forward pass is carried out. `ranks` are the processes that hold the model together, None: this one does."""
+
+    ranks: Ranks | None
 
     def output_scale(self, y: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor: ...
     def adapt_embedding(self, x: Tensor, tokens: Tensor, adapters: Any, site: Site, segments: Segments) -> Tensor: ...
@@ -85,6 +92,8 @@ def forward(
 ) -> Tensor:
     """Logits of the rows in `batch.logit_rows` (of every row when None): [L, vocabulary], fp32 and unrounded.
 
+    `spec` and `weights` may be one rank's part of a model (`model.shard`); the logits are whole on every rank.
+
     They are wider where an adapter of the batch has more tokens than the base (`ReferenceOps.adapt_logits`).
 
     Without a cache the attention stays inside each packed row (training); with one, new keys and values are
@@ -111,10 +120,11 @@ def forward(
             # Keys and values were the last that the other rows were for.
             attended, residual = ops.take(attended, wanted), ops.take(residual, wanted)
             adapted.segments = batch.logit_segments
-        x = adapted.project(layer.o, attended, group["o"])
+        x = adapted.project(layer.o, attended, group["o"], partial=True)
         h, residual = adapted.norm(x, residual, layer.mlp_norm, "mlp_norm", i)
         act = ops.silu_mul(adapted.project(layer.gate_up, h, group["gate_up"]))
-        x, residual = adapted.residual(adapted.project(layer.down, act, group["down"]), residual, i)
+        x = adapted.project(layer.down, act, group["down"], partial=True)
+        x, residual = adapted.residual(x, residual, i)
     if batch.logit_rows is not None and wanted is None:
         assert residual is not None
         x, residual = ops.take(x, batch.logit_rows), ops.take(residual, batch.logit_rows)
@@ -150,12 +160,16 @@ class _Adapted:
         x = self.ops.embed(table, tokens.clamp(max=len(table) - 1))  # those that an adapter adds are not in it
         return self.more.adapt_embedding(x, tokens, self.adapters, self.spec.site(None, "embed"), segments)
 
-    def project(self, weight: Weight, x: Tensor, group: SiteGroup) -> Tensor:
+    def project(self, weight: Weight, x: Tensor, group: SiteGroup, partial: bool = False) -> Tensor:
+        """One product with its pairs, gains and shifts. `partial`: where several processes hold the model, x is a part
+        of the layer's inputs, and the sum over all processes is what gains and shifts are for."""
         y = self.ops.linear(weight, x)
         if self.segments is not None:
             y = self.ops.lowrank_add(y, x, self.adapters, group, self.segments)
-            if self.batch.scaled:
-                y = self.more.output_scale(y, self.adapters, group, self.segments)
+        if partial:
+            y = self.ops.reduce(y)
+        if self.segments is not None and self.batch.scaled:
+            y = self.more.output_scale(y, self.adapters, group, self.segments)
         return y
 
     def norm(
@@ -176,7 +190,7 @@ class _Adapted:
         return self.more.output_scale(stream, self.adapters, group, segments), None
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
-        logits = self.ops.logits(weight, x)
+        logits = self.ops.gather(self.ops.logits(weight, x), self.spec.vocab_size)
         if (segments := self.overriding) is None:
             return logits
         return self.more.adapt_logits(logits, x, self.adapters, self.spec.site(None, "head"), segments)

@@ -125,6 +125,12 @@ class TrainOps:
     def take(self, table: Tensor, index: Tensor) -> Tensor:
         return table[index]
 
+    def reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, logits: Tensor, tokens: int) -> Tensor:
+        return logits
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         return self.add_rms_norm(rows, None, weight, eps)[0].view(x.shape)
