@@ -6,6 +6,7 @@ A training batch and a decode batch differ only in which fields are absent.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Segments:
     start: list[int]  # S + 1
     adapter: list[int]  # S
     contiguous: bool
+    tables: object | None = None  # a kernel's own form of it, made on first use and kept for the other layers
 
 
 @dataclass(slots=True)
@@ -67,21 +69,71 @@ class SlabOverride:
     index: Tensor | None
 
 
+class Arriving(Protocol):
+    """Adapters whose numbers are still on their way into the slab, beside what the device computes."""
+
+    def wait(self, layer: int | None) -> None:
+        """What the device is given from now on reads numbers of this layer (None: any) of the step's adapters."""
+        ...
+
+
+@dataclass(slots=True)
+class DeviceTable:
+    """The slab's `table`, `scale` and `vectors` where kernels of another device read them, one line of 64 bytes each.
+
+    `entries[handle, site] = (offset A, offset B, row stride A, row stride B, rank, bits of the fp32 scale, gain,
+    shift)`, as in `Slab`. Whoever changes a row of the slab's tables calls `update` for its handle before the next
+    step. No captured graph reads it, so that it may grow: a step gathers the rows of its own adapters first.
+    """
+
+    entries: Tensor  # [handles, sites, 8] int64, on the device of `Slab.data`
+
+    @classmethod
+    def of(cls, slab: Slab) -> DeviceTable:
+        """A fresh one of all that the slab's tables hold."""
+        return cls(slab.lines(slice(None)).to(slab.data.device))
+
+    def update(self, slab: Slab, handle: int) -> None:
+        """Take over what the slab's tables hold of one adapter: one small copy, in the order of the current stream."""
+        if handle >= len(self.entries):
+            self.entries = slab.lines(slice(None)).to(self.entries.device)
+            return
+        line = slab.lines([handle])[0]
+        self.entries[handle].copy_(line.pin_memory() if self.entries.is_cuda else line, non_blocking=True)
+
+
 @dataclass(slots=True)
 class Slab:
     """All resident adapters at their true rank in one flat buffer.
 
     `table[handle, site] = (offset A, offset B, row stride A, row stride B, rank)` in elements of `data`, rank 0
-    where the adapter has no entry; A is [r, d_in], B is [r, d_out]. `scale[handle, site]` is the entry's scalar s.
+    where the adapter has no entry; A is [r, d_in], B is [r, d_out]. Their rows, gains and shifts start at multiples of
+    64 bytes. `scale[handle, site]` is the entry's scalar s.
     `vocabulary[handle]` is how many tokens the adapter's embedding and head have, where that is not the base's number.
     """
 
     data: Tensor  # [elements] bf16 or fp32
-    table: Tensor  # [handles, sites, 5] int64, on the CPU side as well as where kernels run
+    table: Tensor  # [handles, sites, 5] int64 on the CPU, as are `scale` and `vectors`; `device` has them elsewhere
     scale: Tensor  # [handles, sites] fp32
     vectors: Tensor | None = None  # [handles, sites, 2] int64: where gain and shift [d_out] begin, fp32; -1: none
     overrides: dict[int, list[SlabOverride]] = field(default_factory=dict)  # by handle
     vocabulary: dict[int, int] = field(default_factory=dict)  # by handle
+    device: DeviceTable | None = None  # kept up to date where kernels run on another device than the CPU
+    arriving: Arriving | None = None  # absent where what is copied is there at once
+
+    def wait(self, layer: int | None) -> None:
+        """Call it before kernels of a layer (None: of no layer) that read `data`."""
+        if self.arriving is not None:
+            self.arriving.wait(layer)
+
+    def lines(self, handles: slice | list[int]) -> Tensor:
+        """What the tables hold of some handles, as a `DeviceTable` has it: [handles, sites, 8] int64 on the CPU."""
+        table = self.table[handles]
+        lines = torch.empty((*table.shape[:2], 8), dtype=torch.int64)
+        lines[..., :5] = table
+        lines[..., 5] = self.scale[handles].contiguous().view(torch.int32)
+        lines[..., 6:] = -1 if self.vectors is None else self.vectors[handles]
+        return lines
 
     def pair(self, handle: int, site: int, d_in: int, d_out: int) -> tuple[Tensor, Tensor, float] | None:
         """Views of (A [r, d_in], B [r, d_out]) and the scale of one entry, or None where there is none."""
