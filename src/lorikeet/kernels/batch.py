@@ -49,10 +49,13 @@ class Batch:
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values of one layer: [blocks, block_size, kv_heads, head_dim] each."""
+    """Keys and values of one layer: [blocks, block_size, kv_heads, head_dim] each, in any order in memory whose last
+    dimension is dense. In fp8 a key is what is held times its head's scale."""
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None = None  # [kv_heads] fp32; None: the cache is not in fp8
+    v_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
