@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from fastapi import Request
+
 from lorikeet.config import ServeConfig
 from lorikeet.engine.link import EngineClient, EngineInfo
 from lorikeet.errors import UnavailableError
@@ -12,6 +14,7 @@ from lorikeet.server.auth import Access
 from lorikeet.server.metrics import Metrics
 from lorikeet.server.models import Models
 from lorikeet.server.platform import Platform
+from lorikeet.server.validation import AnyBody, parse, read_body
 
 
 @dataclass
@@ -30,3 +33,10 @@ class ServerState:
         if self.engine.info is None:
             raise UnavailableError("the engine is starting", retry_after=3.0, hint="try again shortly")
         return self.engine.info
+
+    async def body(self, request: Request, kind: type[AnyBody], limit: int | None = None) -> AnyBody:
+        """The body of a request, of at most `limit` bytes (default: the server's), as this kind.
+
+        Raises `BodyTooLargeError`, and what `parse` raises.
+        """
+        return parse(kind, await read_body(request, self.config.max_body if limit is None else limit))

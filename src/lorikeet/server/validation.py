@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
+from fastapi import Header, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -36,6 +36,7 @@ class BodyTooLargeError(LorikeetError):
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
+IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key")]
 
 
 async def read_body(request: Request, limit: int) -> bytes:
