@@ -138,8 +138,7 @@ class ScheduledSequence:
     score_stop: int = 0  # (a token of the prompt) gets its logprob
 
 
-@dataclass(slots=True)
-class AdapterCopy:
+class AdapterCopy(msgspec.Struct, tag=True):
     """Bring the compiled adapter `digest` into the slab under `handle` at byte `offset`.
 
     Of its `nbytes` this step copies `count`, from byte `start` on; the adapter is usable when all are there.

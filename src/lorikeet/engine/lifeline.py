@@ -7,6 +7,7 @@ native call. No torch.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -31,3 +32,11 @@ def _exit_at_end_of_input() -> None:
 
 def child_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
+
+
+def exit_text(code: int) -> str:
+    """How a child ended, for messages: `exit code 1`, or `killed by SIGKILL`."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"

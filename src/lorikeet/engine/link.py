@@ -22,7 +22,7 @@ import zmq
 import zmq.asyncio
 
 from lorikeet.config import EngineConfig
-from lorikeet.engine.lifeline import child_command
+from lorikeet.engine.lifeline import child_command, exit_text
 from lorikeet.engine.wire import (
     AskStats,
     Cancel,
@@ -303,7 +303,7 @@ class EngineClient:
         while not self._stop_asked.is_set():
             started = time.monotonic()
             code = await self._run_one()
-            reason = f"the engine process ended ({_exit_text(code)})"
+            reason = f"the engine process ended ({exit_text(code)})"
             self._fail_everything("the server is shutting down" if self._stop_asked.is_set() else reason)
             assert self._first_answer is not None
             if not self._first_answer.done():
@@ -423,10 +423,3 @@ class EngineClient:
         if self._socket is not None:
             sent = cast("asyncio.Future[Any]", self._socket.send(encode(message)))
             sent.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-
-def _exit_text(code: int) -> str:
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-    return f"exit code {code}"

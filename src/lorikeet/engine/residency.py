@@ -15,6 +15,8 @@ from math import inf, log2
 from operator import attrgetter
 from time import time
 
+import msgspec
+
 from lorikeet.errors import AdapterError, AdapterInUseError
 from lorikeet.types import AdapterCopy, AdapterInfo, AdapterStats
 
@@ -26,8 +28,7 @@ MOVE_RATE = 1e10  # bytes a second, within the slab
 _offset = attrgetter("offset")
 
 
-@dataclass(slots=True)
-class AdapterMove:
+class AdapterMove(msgspec.Struct, tag=True):
     """Slide the adapter under `handle` from byte `source` down to byte `target`; the two may overlap."""
 
     handle: int
@@ -36,8 +37,7 @@ class AdapterMove:
     nbytes: int
 
 
-@dataclass(slots=True)
-class AdapterDrop:
+class AdapterDrop(msgspec.Struct, tag=True):
     """Forget the adapter under `handle`; its bytes are free."""
 
     handle: int

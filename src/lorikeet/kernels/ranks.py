@@ -58,6 +58,10 @@ class Ranks:
         ends = [total * rank // self.count for rank in range(self.count + 1)]
         return torch.cat([part[:, : ends[i + 1] - ends[i]] for i, part in enumerate(by_rank)], dim=1)
 
+    def share(self, x: Tensor) -> None:
+        """Put what rank 0 has in x into x on every rank."""
+        dist.broadcast(x, 0)
+
     def abort(self) -> None:
         """Give up what is under way, from any thread: whoever waits for a rank that is gone gets an error."""
         if dist.is_initialized() and dist.group.WORLD is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from lorikeet.kernels.weight import DenseWeight, Weight
 from lorikeet.model.decoder import DecoderWeights, LayerWeights
 from lorikeet.model.families import load_spec
 from lorikeet.model.names import EMBED, FINAL_NORM, HEAD, MODULES, NORMS, checkpoint_shapes, layer_module
+from lorikeet.model.shard import WHOLE, Shard
 from lorikeet.model.sources import checkpoint_files
 from lorikeet.model.spec import ModelSpec
 
@@ -25,20 +26,27 @@ _DTYPES = ("F32", "BF16", "F16", "F64")
 
 
 def load(
-    folder: Path, dtype: torch.dtype, make_weight: MakeWeight = DenseWeight, device: torch.device | str = "cpu"
+    folder: Path,
+    dtype: torch.dtype,
+    make_weight: MakeWeight = DenseWeight,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    ranks: int = 1,
 ) -> tuple[ModelSpec, DecoderWeights]:
-    """The checkpoint in `folder`, every tensor in `dtype` on `device`.
+    """The checkpoint in `folder`, every tensor in `dtype` on `device`: of `ranks` processes' parts that of `rank`.
 
     q/k/v and gate/up are joined into one `Weight` each while they are read, so that no weight is held twice. The head
-    stays plain: a tied one is the embedding itself, and unrounded logits read it as it lies. Raises ModelError naming
-    what is missing, misshapen, unexpected or unreadable.
+    stays plain: a tied one is the embedding itself, and unrounded logits read it as it lies. The spec is the whole
+    model's; `Shard.local` is what the weights are those of. Raises ModelError naming what is missing, misshapen,
+    unexpected or unreadable, and ConfigError for a model that does not divide into so many parts.
     """
     spec = load_spec(folder)
+    shard = Shard(spec, rank, ranks)
     with torch.no_grad():
         source = _Checkpoint(folder, spec, dtype, torch.device(device))
         embed = source.tensor(f"{EMBED}.weight")
-        layers = [_load_layer(source, spec, layer, make_weight) for layer in range(spec.num_layers)]
-        head = embed if spec.tie_embeddings else source.tensor(f"{HEAD}.weight")
+        layers = [_load_layer(source, shard, layer, make_weight) for layer in range(spec.num_layers)]
+        head = embed[shard.head] if spec.tie_embeddings else source.joined([f"{HEAD}.weight"], [shard.head])
         cos, sin = rope_tables(spec, dtype, device)
         norm = source.tensor(f"{FINAL_NORM}.weight")
         return spec, DecoderWeights(embed, layers, norm, DenseWeight(head), cos, sin)
@@ -68,15 +76,20 @@ def rope_tables(
     return angles.cos().to(device, wide), angles.sin().to(device, wide)
 
 
-def _load_layer(source: _Checkpoint, spec: ModelSpec, layer: int, make_weight: MakeWeight) -> LayerWeights:
+def _load_layer(source: _Checkpoint, shard: Shard, layer: int, make_weight: MakeWeight) -> LayerWeights:
+    spec = shard.whole
+
     def norm(name: str) -> Tensor:
         return source.tensor(f"{layer_module(layer, NORMS[name])}.weight")
 
     def product(name: str) -> Weight:
-        modules = [layer_module(layer, MODULES[site.role]) for site in spec.groups[layer][name].sites]
-        weight = source.joined([f"{module}.weight" for module in modules])
-        has_bias = f"{modules[0]}.bias" in source.shapes
-        return make_weight(weight, source.joined([f"{module}.bias" for module in modules]) if has_bias else None)
+        roles = [site.role for site in spec.groups[layer][name].sites]
+        modules = [layer_module(layer, MODULES[role]) for role in roles]
+        outputs, inputs = [shard.outputs(role) for role in roles], shard.inputs(roles[0])
+        weight = source.joined([f"{module}.weight" for module in modules], outputs, inputs)
+        if f"{modules[0]}.bias" not in source.shapes or (inputs != WHOLE and shard.rank > 0):
+            return make_weight(weight, None)  # what is summed over the ranks has its bias on one of them
+        return make_weight(weight, source.joined([f"{module}.bias" for module in modules], outputs))
 
     return LayerWeights(
         attn_norm=norm("attn_norm"),
@@ -112,12 +125,17 @@ class _Checkpoint:
     def tensor(self, name: str) -> Tensor:
         return self.joined([name])
 
-    def joined(self, names: list[str]) -> Tensor:
-        """The named tensors, one below the other, each read straight into its place."""
-        rows = [self.shapes[name][0] for name in names]
-        out = torch.empty((sum(rows), *self.shapes[names[0]][1:]), dtype=self.dtype, device=self.device)
-        for name, part in zip(names, out.split(rows), strict=True):
-            part.copy_(self._files[name].get_tensor(name))
+    def joined(self, names: list[str], rows: Sequence[slice] = (), columns: slice = WHOLE) -> Tensor:
+        """The named tensors, or these rows and columns of them, one below the other, each read straight into its
+        place."""
+        stored = [self._files[name].get_tensor(name) for name in names]  # mapped: only what is copied is read
+        parts = [one[part] for one, part in zip(stored, rows or [WHOLE] * len(names), strict=True)]
+        if columns != WHOLE:
+            parts = [one[:, columns] for one in parts]
+        counts = [len(part) for part in parts]
+        out = torch.empty((sum(counts), *parts[0].shape[1:]), dtype=self.dtype, device=self.device)
+        for part, place in zip(parts, out.split(counts), strict=True):
+            place.copy_(part)
         return out
 
     def _check(self, path: Path, file: safe_open) -> None:
