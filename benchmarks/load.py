@@ -10,6 +10,7 @@ import numpy as np
 
 Json = dict[str, Any]
 CASES = ("base", "one", "all", "zipf", "mixed")
+ALL_CASES = (*CASES, "uniform")
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ def choose_adapters(case: str, clients: int, rounds: int, adapters: int, draw: n
     if case == "zipf":  # the adapter of rank k is asked for in proportion to 1 / k
         weights = 1 / np.arange(1, adapters + 1)
         return draw.choice(adapters, (rounds, clients), p=weights / weights.sum())
+    if case == "uniform":
+        return draw.integers(adapters, size=(rounds, clients))
     turn = np.tile(np.arange(clients), (rounds, 1))
     return turn % adapters if case == "all" else np.where(turn % 2, turn // 2 % adapters, -1)
 

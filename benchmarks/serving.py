@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from load import CASES, Ask, Json, compare, make_clients, median, possible
+from device import SPECS, run_device, show_device
+from load import ALL_CASES, CASES, Ask, Json, compare, make_clients, median, possible
 from ours import OfflineSide, ServerSide, Setup, setting
 from peers import PeftSide, UrlSide
 from questions import QUESTIONS, prompts
@@ -40,6 +41,11 @@ EXAMPLES = """examples:
   python benchmarks/serving.py --question distinct interference            only these
   python benchmarks/serving.py --set step_tokens=256 --set threads=1       other settings of the engine
   python benchmarks/serving.py --shape half --make                         make the files, print where they are
+
+on a device, with nothing on disk (bases of random weights made there: 8b, 1b, tiny):
+  python benchmarks/serving.py --device cuda --shape 8b --adapters 1000 --prompt 512 --new 128 --repeats 3 \\
+      --batch 1 8 32 64 256 --case base one uniform zipf --set step_tokens=8192
+  python benchmarks/serving.py --device cuda --shape 8b --adapters 200 --ranks 8 16 32 64 --case base uniform
 """
 OURS = {"offline": OfflineSide, "http": ServerSide}
 ALL_BAR, ONE_BAR, LIMIT_BAR = 0.85, 0.93, 0.75
@@ -330,12 +336,20 @@ def arguments(given: Sequence[str] | None = None) -> Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--shape", nargs="+", choices=NAMES, default=["small"], help="bases; nano is the embedded one")
+    add(
+        "--shape",
+        nargs="+",
+        choices=(*NAMES, *(name for name in SPECS if name not in NAMES)),
+        default=["small"],
+        help="bases; nano is the embedded one",
+    )
+    add("--device", choices=("cpu", "cuda"), help="the engine alone, on a base made on this device, without files")
+    add("--ranks", nargs="+", type=int, help="with --device: ranks of the adapters, in turn [--rank]")
     add("--side", nargs="*", choices=tuple(OURS), default=list(OURS), help="our own sides")
     add("--peer", action="append", default=[], metavar="peft|URL", help="compare with it; give it again for more")
     add("--peer-base", action="append", default=[], metavar="NAME|JSON", help="the base at a URL peer, in order")
     add("--peer-adapter", action="append", metavar="NAME|JSON", help="an adapter there, {i} its number [adapter-{i}]")
-    add("--case", nargs="+", choices=CASES, help="default: all, or none where a question is asked")
+    add("--case", nargs="+", choices=ALL_CASES, help="default: all, or none where a question is asked")
     add("--batch", nargs="+", type=int, default=[1, 8, 32], help="clients")
     add("--question", nargs="+", choices=tuple(QUESTIONS), default=[])
     add("--repeats", type=int, default=9)
@@ -355,6 +369,11 @@ def arguments(given: Sequence[str] | None = None) -> Namespace:
             parser.error(f"--{name}: found {getattr(options, name)}; expected {2 if name == 'new' else 1} or more")
     if options.case is None:
         options.case = [] if options.question else list(CASES)
+    known = SPECS if options.device else NAMES
+    if unknown := [shape for shape in options.shape if shape not in known]:
+        where = f"with --device {options.device}" if options.device else "without --device"
+        parser.error(f"--shape: found {unknown[0]}; expected one of {', '.join(known)} {where}")
+    options.ranks = options.ranks or [options.rank]
     options.peer_adapter = options.peer_adapter or ["adapter-{i}"]
     options.cache = options.cache.expanduser()
     return options
@@ -364,8 +383,12 @@ def main() -> None:
     options = arguments()
     shapes = {}
     for shape in options.shape:
-        shapes[shape] = run_shape(shape, options)
-        show(shape, shapes[shape])
+        if options.device:
+            shapes[shape] = run_device(shape, options)
+            show_device(shape, shapes[shape])
+        else:
+            shapes[shape] = run_shape(shape, options)
+            show(shape, shapes[shape])
     chosen = {key: value for key, value in vars(options).items() if key not in ("cache", "make")}
     print(json.dumps({"benchmark": "serving", "options": chosen, "shapes": shapes}))
 

@@ -13,6 +13,8 @@ from lorikeet.engine import sizing
 from lorikeet.engine.engine import Engine
 from lorikeet.engine.sizing import choose_device, choose_sizes, choose_weights
 from lorikeet.errors import ConfigError
+from lorikeet.kernels.gpu_weight import Fp8Weight
+from lorikeet.kernels.precision import choose_dtype
 from lorikeet.kernels.weight import Int8Weight, pack
 
 GIB = 2**30
@@ -66,9 +68,11 @@ def test_impossible_counts(world: Any, config: EngineConfig, message: str) -> No
     assert caught.value.param == message.split(":")[0]
 
 
-def test_devices_and_tiers_that_are_not_there() -> None:
+def test_devices_and_tiers_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device(EngineConfig()) == "cpu"
-    with pytest.raises(ConfigError, match="device: found 'cuda'"):
+    assert choose_device(EngineConfig(device="cpu")) == "cpu"
+    with pytest.raises(ConfigError, match="device: found 'cuda', but torch finds no CUDA device"):
         Engine.build(EngineConfig(device="cuda"))
     with pytest.raises(ConfigError, match="adapter_host_memory"):
         Engine.build(EngineConfig(adapter_host_memory=GIB))
@@ -80,6 +84,67 @@ def test_int8_weights_need_bf16() -> None:
     with pytest.raises(ConfigError, match="quantize: int8 .* float32") as caught:
         Engine.build(EngineConfig(quantize="int8", dtype="float32"))
     assert caught.value.param == "quantize"
+
+
+# --- a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ten_gib(monkeypatch: pytest.MonkeyPatch, one_gib: None) -> None:
+    """A GPU with 10 GiB free, 92% of which less a working GiB and a bit are shared out."""
+    monkeypatch.setattr(sizing, "available_device_memory", lambda device: 10 * GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def test_auto_is_a_gpu_where_there_is_one(ten_gib: None) -> None:
+    assert choose_device(EngineConfig()) == choose_device(EngineConfig(device="cuda")) == "cuda"
+    assert choose_device(EngineConfig(adapter_host_memory=GIB)) == "cuda"
+    assert choose_device(EngineConfig(device="cpu")) == "cpu"
+    with pytest.raises(ConfigError, match="adapter_host_memory: not available on a CPU"):
+        choose_device(EngineConfig(device="cpu", adapter_host_memory=GIB))
+    assert choose_dtype("auto", "cuda") == torch.bfloat16
+
+
+def test_cache_and_slab_share_one_budget(world: Any, ten_gib: None) -> None:
+    def sizes(**config: Any) -> Any:
+        return choose_sizes(EngineConfig(max_seqs=4, **config), world.spec, torch.float32, "cuda")
+
+    each = 4 * 256 * 256  # 4 sequences of 256 tokens
+    small = sizes()
+    assert small.kv_bytes == each and 3 * GIB < small.slab_bytes < 4.2 * GIB
+    assert (small.device, small.host_bytes, small.copy_bytes) == ("cuda", GIB // 4, 256 * 2**20)
+    both = sizes(kv_memory=2 * GIB, adapter_memory=5 * GIB)
+    assert (both.kv_bytes, both.slab_bytes) == (2 * GIB, 5 * GIB)
+    assert sizes(kv_memory=7 * GIB).slab_bytes < 1.2 * GIB
+    assert sizes(adapter_memory=6 * GIB, adapter_host_memory=GIB // 2).host_bytes == GIB // 2
+    with pytest.raises(ConfigError, match="kv_memory: .* expected at most") as caught:
+        sizes(kv_memory=4 * GIB, adapter_memory=5 * GIB)
+    assert caught.value.param == "kv_memory"
+    with pytest.raises(ConfigError, match="adapter_memory: .* expected at most"):
+        sizes(adapter_memory=9 * GIB)
+    with pytest.raises(ConfigError, match="adapter_host_memory: found .* that are free"):
+        sizes(adapter_host_memory=2 * GIB)
+
+
+def test_a_gpu_without_room(world: Any, ten_gib: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "available_device_memory", lambda device: GIB)
+    with pytest.raises(ConfigError, match="device: .* bytes of the GPU are free beside the weights"):
+        choose_sizes(EngineConfig(), world.spec, torch.float32, "cuda")
+
+
+def test_weights_by_device(ten_gib: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8 = EngineConfig(quantize="fp8")
+    assert choose_weights(fp8, torch.bfloat16, "cuda") is Fp8Weight
+    with pytest.raises(ConfigError, match="quantize: fp8 weights need a GPU"):
+        choose_weights(fp8, torch.bfloat16)
+    with pytest.raises(ConfigError, match="quantize: fp8 .* dtype here is float32"):
+        choose_weights(fp8, torch.float32, "cuda")
+    with pytest.raises(ConfigError, match="quantize: int8 weights .* CPU"):
+        choose_weights(EngineConfig(quantize="int8"), torch.bfloat16, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match="quantize: fp8 .* 8.9 .* found 8.0"):
+        choose_weights(fp8, torch.bfloat16, "cuda")
 
 
 def test_free_memory_is_known() -> None:

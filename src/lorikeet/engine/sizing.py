@@ -23,6 +23,12 @@ log = logging.getLogger(__name__)
 _LOGIT_BYTES = 256 * 2**20  # of fp32 logits in one step
 _SHARE = 0.25  # of the free memory, for the cache and again for the slab
 _SLAB_BYTES = 2 * 2**30  # a slab never takes more unless told to
+_COPY_BYTES = 64 * 2**20  # of adapters in one step
+_DEVICE_COPY_BYTES = 256 * 2**20  # the same to a GPU: it copies beside the step, for about as long as that takes
+_DEVICE_SHARE = 0.92  # of a GPU's free memory: allocators round up, libraries take their own
+_DEVICE_EXTRA = 2**30  # bytes of a GPU that captured graphs, workspaces and tables take
+_LOGIT_COPIES = 4  # of a step's logits while tokens are sampled
+_HOST_BYTES = 16 * 2**30  # of pinned copies, unless told more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,9 @@ class Sizes:
     kv_bytes: int
     slab_bytes: int
     logit_rows: int
+    device: str = "cpu"
+    host_bytes: int = 0  # of pinned copies of adapters, beside a GPU
+    copy_bytes: int = _COPY_BYTES  # of adapters that a step may bring in
 
     @property
     def adapter_dtype_name(self) -> Dtype:
@@ -43,31 +52,52 @@ class Sizes:
 
 
 def choose_device(config: EngineConfig) -> str:
-    """The device to run on. Raises ConfigError for one that this version has no kernels for."""
-    if config.device == "cuda":
+    """`cpu` or `cuda`; `auto` is a GPU where torch finds one. Raises ConfigError for what is not there."""
+    found = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not found:
         raise ConfigError(
-            "device: found 'cuda'; expected 'auto' or 'cpu', there are no GPU kernels in this version", param="device"
+            "device: found 'cuda', but torch finds no CUDA device",
+            hint="use --device cpu, or install a CUDA build of torch where there is a GPU",
+            param="device",
         )
-    if config.adapter_host_memory is not None:
+    if not found and config.adapter_host_memory is not None:
         raise ConfigError(
             "adapter_host_memory: not available on a CPU, where adapters live in one tier of memory",
             hint="use --adapter-memory",
             param="adapter_host_memory",
         )
-    return "cpu"
+    return "cuda" if found else "cpu"
 
 
-def choose_weights(config: EngineConfig, dtype: torch.dtype) -> Callable[[Tensor, Tensor | None], Weight]:
-    """What a linear layer's weight is held as. Raises ConfigError for int8 beside another dtype than bf16."""
-    if config.quantize == "none":
+def choose_weights(
+    config: EngineConfig, dtype: torch.dtype, device: str = "cpu"
+) -> Callable[[Tensor, Tensor | None], Weight]:
+    """What a linear layer's weight is held as. Raises ConfigError for what this device or dtype does not multiply."""
+    kind = config.quantize
+    if kind == "none":
         return pack
+    if kind == "fp8" and device == "cpu":
+        raise _refused("fp8 weights need a GPU", "use --quantize int8 on a CPU")
+    if kind == "int8" and device != "cpu":
+        raise _refused("int8 weights are multiplied on a CPU only", "use --quantize fp8 on a GPU")
     if dtype != torch.bfloat16:
-        raise ConfigError(
-            f"quantize: int8 weights are multiplied in bfloat16, and the dtype here is {str(dtype)[6:]}",
-            hint="add --dtype bfloat16, or leave --quantize out",
-            param="quantize",
+        found = f"{kind} weights are multiplied in bfloat16, and the dtype here is {str(dtype)[6:]}"
+        raise _refused(found, "add --dtype bfloat16, or leave --quantize out")
+    if kind == "int8":
+        return Int8Weight
+    from lorikeet.kernels.gpu_weight import CAPABILITY, Fp8Weight
+
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY:
+        found = "fp8 weights need a GPU of compute capability {}.{} or more, found {}.{}".format(
+            *CAPABILITY, *capability
         )
-    return Int8Weight
+        raise _refused(found, "leave --quantize out")
+    return Fp8Weight
+
+
+def _refused(message: str, hint: str) -> ConfigError:
+    return ConfigError(f"quantize: {message}", hint=hint, param="quantize")
 
 
 def available_memory() -> int:
@@ -81,18 +111,25 @@ def available_memory() -> int:
     return min(free, max(limit - used, 0))
 
 
-def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> Sizes:
+def available_device_memory(device: str) -> int:
+    """Bytes of a GPU this process may still take, with what its allocator holds and nobody uses."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: str = "cpu") -> Sizes:
     """Sizes as configured, else from the free memory. Call it with the weights loaded. Raises ConfigError."""
     _check_counts(config, spec)
     max_context = config.max_context or spec.max_context
     adapter_dtype = dtype if config.adapter_dtype == "auto" else DTYPES[config.adapter_dtype]
-    available = available_memory()
     block_bytes = 2 * spec.num_layers * config.block_size * spec.kv_size * dtype.itemsize
-    blocks_each = -(-max_context // config.block_size)
-    if config.kv_memory is not None:
-        kv_bytes = config.kv_memory
+    logit_rows = max(2 * config.max_seqs, _LOGIT_BYTES // (4 * spec.vocab_size))
+    wanted = config.max_seqs * -(-max_context // config.block_size) * block_bytes
+    if device == "cpu":
+        kv_bytes, slab_bytes = _share_host(config, wanted)
     else:
-        kv_bytes = min(int(available * _SHARE), config.max_seqs * blocks_each * block_bytes)
+        working = _working_bytes(config, spec, dtype, logit_rows)
+        kv_bytes, slab_bytes = _share_device(config, wanted, available_device_memory(device), working)
     blocks = kv_bytes // block_bytes
     if blocks < 2:
         raise ConfigError(
@@ -107,9 +144,6 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> S
                 f"max_context: found {max_context}; {held}", hint="raise --kv-memory", param="max_context"
             )
         log.warning("the model's context of %d tokens is cut: %s; raise --kv-memory", max_context, held)
-    slab_bytes = config.adapter_memory
-    if slab_bytes is None:
-        slab_bytes = min(int(available * _SHARE), _SLAB_BYTES)
     return Sizes(
         dtype=dtype,
         adapter_dtype=adapter_dtype,
@@ -117,8 +151,65 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> S
         blocks=blocks,
         kv_bytes=blocks * block_bytes,
         slab_bytes=slab_bytes // 64 * 64,
-        logit_rows=max(2 * config.max_seqs, _LOGIT_BYTES // (4 * spec.vocab_size)),
+        logit_rows=logit_rows,
+        device=device,
+        host_bytes=0 if device == "cpu" else _host_bytes(config),
+        copy_bytes=_COPY_BYTES if device == "cpu" else _DEVICE_COPY_BYTES,
     )
+
+
+def _share_host(config: EngineConfig, wanted: int) -> tuple[int, int]:
+    """Bytes of cache and slab on a CPU: a quarter of what is free each, unless less is wanted or more configured."""
+    share = int(available_memory() * _SHARE) // config.tensor_parallel
+    kv_bytes = min(share, wanted) if config.kv_memory is None else config.kv_memory
+    slab_bytes = min(share, _SLAB_BYTES) if config.adapter_memory is None else config.adapter_memory
+    return kv_bytes, slab_bytes
+
+
+def _share_device(config: EngineConfig, wanted: int, free: int, working: int) -> tuple[int, int]:
+    """Bytes of cache and slab on a GPU: one budget, of which either takes half at most unless it is configured."""
+    budget = int(free * _DEVICE_SHARE) - working
+    if budget <= 0:
+        raise ConfigError(
+            f"device: {free} bytes of the GPU are free beside the weights, and a step works in {working} bytes",
+            hint="lower --step-tokens or --max-seqs, use --quantize, or take a GPU with more memory",
+            param="device",
+        )
+    kv_bytes, slab_bytes = config.kv_memory, config.adapter_memory
+    if kv_bytes is None:
+        kv_bytes = min(wanted, budget // 2 if slab_bytes is None else max(budget - slab_bytes, 0))
+    if slab_bytes is None:
+        slab_bytes = min(max(budget - kv_bytes, 0), budget // 2)
+    if kv_bytes + slab_bytes > budget:
+        name = "kv_memory" if config.kv_memory is not None else "adapter_memory"
+        raise ConfigError(
+            f"{name}: {kv_bytes} bytes of keys and values and {slab_bytes} of adapters; expected at most {budget} "
+            "together, which the GPU has free beside the weights and what a step works in",
+            hint="lower --kv-memory or --adapter-memory",
+            param=name,
+        )
+    return kv_bytes, slab_bytes
+
+
+def _working_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, logit_rows: int) -> int:
+    """What a step takes of a GPU beside weights, cache and slab, at most."""
+    widest = 3 * spec.intermediate_size + 4 * spec.hidden_size + 2 * (spec.q_size + 2 * spec.kv_size)
+    activations = 2 * config.step_tokens * widest * dtype.itemsize
+    return _LOGIT_COPIES * 4 * logit_rows * spec.vocab_size + activations + _DEVICE_EXTRA
+
+
+def _host_bytes(config: EngineConfig) -> int:
+    """Of pinned copies of adapters: as configured, else a quarter of the free host memory at most."""
+    available = available_memory() // config.tensor_parallel  # every rank has copies of its own
+    if config.adapter_host_memory is None:
+        return min(int(available * _SHARE), _HOST_BYTES) // 64 * 64
+    if config.adapter_host_memory > available:
+        raise ConfigError(
+            f"adapter_host_memory: found {config.adapter_host_memory}; expected at most the {available} bytes of host "
+            "memory that are free",
+            param="adapter_host_memory",
+        )
+    return config.adapter_host_memory // 64 * 64
 
 
 def _check_counts(config: EngineConfig, spec: ModelSpec) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +12,21 @@ import torch
 
 from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, CompiledHeader, in_memory, open_compiled
 from lorikeet.engine.residency import AdapterMove, Instruction
+from lorikeet.engine.transfer import Transfer
 from lorikeet.errors import AdapterError, AdapterLostError, LorikeetError
-from lorikeet.kernels.batch import Slab, SlabOverride
+from lorikeet.kernels.batch import DeviceTable, Slab, SlabOverride
 from lorikeet.model.spec import ModelSpec
-from lorikeet.types import ROLES, AdapterCopy, ErrorInfo
+from lorikeet.types import ROLES, AdapterCopy, AdapterInfo, ErrorInfo
 
 LATEST = 0.5  # seconds that the disk may take before a step waits for it
 
 
 class AdapterSlab:
-    """`nbytes` bytes of adapters in `dtype` for a model."""
+    """`nbytes` bytes of adapters in `dtype` for a model.
+
+    Without `transfer` they are copied out of their files at once, as on a CPU; with it out of the host tier, beside
+    what the device computes.
+    """
 
     def __init__(
         self,
@@ -30,6 +35,7 @@ class AdapterSlab:
         dtype: torch.dtype,
         open_adapter: Callable[[Path], CompiledAdapter] = open_compiled,
         device: torch.device | str = "cpu",
+        transfer: Transfer | None = None,
     ) -> None:
         sites = len(spec.sites) + len(spec.residual_sites)
         self._linear_sites = spec.num_layers * len(ROLES)
@@ -39,12 +45,25 @@ class AdapterSlab:
             table=torch.zeros((16, sites, 5), dtype=torch.int64),
             scale=torch.zeros((16, sites)),
             vectors=torch.full((16, sites, 2), -1, dtype=torch.int64),
+            arriving=transfer,
         )
+        if self.slab.data.device.type != "cpu":
+            self.slab.device = DeviceTable.of(self.slab)
         self.scaled: set[int] = set()  # handles with gains or shifts
         self.overriding: set[int] = set()  # handles that do more than act on linear layers
         self._bytes = self.slab.data.view(torch.uint8)
-        self._open = open_adapter
+        self._open, self._transfer = open_adapter, transfer
         self._late: dict[str, float] = {}  # since when the disk has been asked for an adapter
+
+    def prefetch(self, info: AdapterInfo) -> None:
+        """A request waits for this adapter: bring it nearer, where there is a tier between disk and slab."""
+        if self._transfer is not None:
+            self._transfer.prefetch(info.digest, info.path, info.nbytes)
+
+    def need(self, handles: Iterable[int]) -> None:
+        """The next step reads the adapters under these handles (-1 is the base)."""
+        if self._transfer is not None:
+            self._transfer.need(handles)
 
     def carry_out(self, instructions: Sequence[Instruction], late: set[str] | None = None) -> dict[str, ErrorInfo]:
         """Do what residency says, in order; adapters that cannot be read, with the reason.
@@ -67,12 +86,19 @@ class AdapterSlab:
             else:
                 if instruction.handle < len(self.slab.table):  # else it goes before its last byte was there
                     self.slab.table[instruction.handle] = 0
+                    self._show(instruction.handle)
                 self._forget(instruction.handle)
+                if self._transfer is not None:
+                    self._transfer.forget(instruction.handle)
         return failed
 
     def _is_late(self, copy: AdapterCopy) -> bool:
         """Whether the step would wait for the disk, which is not taken for granted for ever."""
-        if in_memory(Path(copy.path), copy.start, copy.count, copy.nbytes):
+        if self._transfer is None:
+            ready = in_memory(Path(copy.path), copy.start, copy.count, copy.nbytes)
+        else:
+            ready = self._transfer.ready(copy)
+        if ready:
             self._late.pop(copy.digest, None)
             return False
         now = time.monotonic()
@@ -82,22 +108,27 @@ class AdapterSlab:
         return False
 
     def _copy(self, copy: AdapterCopy) -> None:
-        adapter = self._open(Path(copy.path))
-        header = adapter.header
+        target = self._bytes[copy.offset : copy.offset + copy.nbytes]
+        if self._transfer is None:
+            adapter = self._open(Path(copy.path))
+            self._check(copy, adapter.header)
+            part = slice(copy.start, copy.start + copy.count)
+            target.numpy()[part] = adapter.data.view(np.uint8)[part]  # straight out of the page cache
+            header = adapter.header
+        else:
+            header, source = self._transfer.take(copy)
+            self._check(copy, header)
+            self._transfer.start(copy, header, source, target)
+        if copy.start + copy.count == copy.nbytes:
+            self._install(copy, header.entries)
+            self._install_overrides(copy, header)
+
+    def _check(self, copy: AdapterCopy, header: CompiledHeader) -> None:
         if (header.digest, header.nbytes, header.dtype) != (copy.digest, copy.nbytes, self.dtype):
             raise AdapterError(
                 f"{copy.path}: expected {copy.nbytes} bytes of {self.dtype} for {copy.digest[:12]}, "
                 f"found {header.nbytes} bytes of {header.dtype} for {header.digest[:12]}"
             )
-        source = adapter.data.view(np.uint8)[copy.start : copy.start + copy.count]
-        target = self._bytes[copy.offset + copy.start : copy.offset + copy.start + copy.count]
-        if target.device.type == "cpu":
-            target.numpy()[:] = source  # straight out of the page cache
-        else:
-            target.copy_(torch.from_numpy(np.array(source)))
-        if copy.start + copy.count == copy.nbytes:
-            self._install(copy, header.entries)
-            self._install_overrides(copy, header)
 
     def _install(self, copy: AdapterCopy, entries: Sequence[CompiledEntry]) -> None:
         table, scale, vectors = self.slab.table, self.slab.scale, self.slab.vectors
@@ -117,9 +148,15 @@ class AdapterSlab:
         vectors[copy.handle] = -1
         places = [[-1 if at < 0 else base + at for at in (e.gain, e.shift)] for e in entries]
         vectors[copy.handle, sites] = torch.tensor(places, dtype=torch.int64)
+        self._show(copy.handle)
         self._forget(copy.handle)
         if any(at >= 0 for place in places for at in place):
             self.scaled.add(copy.handle)
+
+    def _show(self, handle: int) -> None:
+        """The tables have changed under a handle: kernels on another device read their own."""
+        if self.slab.device is not None:
+            self.slab.device.update(self.slab, handle)
 
     def _install_overrides(self, copy: AdapterCopy, header: CompiledHeader) -> None:
         base = copy.offset // self.slab.data.itemsize
@@ -136,12 +173,15 @@ class AdapterSlab:
             self.slab.vocabulary[copy.handle] = header.vocab_size
 
     def _forget(self, handle: int) -> None:
+        """What is known of the adapter that was there before, or is there until now."""
         self.scaled.discard(handle)
         self.overriding.discard(handle)
         self.slab.overrides.pop(handle, None)
         self.slab.vocabulary.pop(handle, None)
 
     def _move(self, move: AdapterMove) -> None:
+        if self._transfer is not None:
+            self._transfer.wait_for_all()
         source = self._bytes[move.source : move.source + move.nbytes]
         if move.source - move.target < move.nbytes:
             source = source.clone()
@@ -152,5 +192,6 @@ class AdapterSlab:
             vectors = self.slab.vectors
             assert vectors is not None
             vectors[move.handle] -= distance * (vectors[move.handle] >= 0)
+            self._show(move.handle)
             moved = [replace(one, at=one.at - distance) for one in self.slab.overrides.get(move.handle, ())]
             self.slab.overrides[move.handle] = moved

@@ -13,10 +13,12 @@ _NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 flags, and the ARM one
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def choose_dtype(name: str) -> torch.dtype:
-    """`auto` is bf16 where the processor multiplies it natively, else fp32."""
+def choose_dtype(name: str, device: str = "cpu") -> torch.dtype:
+    """`auto` is bf16 where the processor or the GPU multiplies it natively, else fp32."""
     if name != "auto":
         return DTYPES[name]
+    if device != "cpu":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if _NATIVE_BF16 & _cpu_flags() else torch.float32
 
 

@@ -25,6 +25,7 @@ class ReferenceOps:
     """The set of kernels that `model.decoder` is given. Works in any float dtype, fp64 included."""
 
     inplace = True  # lowrank_add may write into y; the differentiable twins set this to False
+    spare_blocks = 0  # of the cache, at its end: no sequence has them, and a prepared step may write there
     ranks: Ranks | None = None  # the processes that hold the model together, None: this one holds it
 
     def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
@@ -43,6 +44,7 @@ class ReferenceOps:
 
     def lowrank_add(self, y: Tensor, x: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:
         """y + s B A x for the rows of each segment; y [T, group.d_out], x [T, d_in]. One rounding at the end."""
+        slab.wait(group.sites[0].layer)
         wide = torch.promote_types(x.dtype, torch.float32)
         for i, handle in enumerate(segments.adapter):
             rows = segments.rows[segments.start[i] : segments.start[i + 1]]
@@ -59,16 +61,21 @@ class ReferenceOps:
 
     def output_scale(self, y: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:
         """gain * y + shift for the rows of each segment, [T, group.d_out]; computed in fp32."""
+        slab.wait(group.sites[0].layer)
         wide = torch.promote_types(y.dtype, torch.float32)
         for i, handle in enumerate(segments.adapter):
             rows = segments.rows[segments.start[i] : segments.start[i + 1]]
             for site, offset in zip(group.sites, group.offsets, strict=True):
                 gain, shift = slab.gain_and_shift(handle, site.index, site.d_out)
                 columns = slice(offset, offset + site.d_out)
+                if gain is None and shift is None:
+                    continue
+                value = y[rows, columns].to(wide)
                 if gain is not None:
-                    y[rows, columns] = (y[rows, columns].to(wide) * gain).to(y.dtype if shift is None else wide)
+                    value = value * gain
                 if shift is not None:
-                    y[rows, columns] = (y[rows, columns].to(wide) + shift).to(y.dtype)
+                    value = value + shift
+                y[rows, columns] = value.to(y.dtype)
         return y
 
     def adapt_embedding(self, x: Tensor, tokens: Tensor, slab: Slab, site: Site, segments: Segments) -> Tensor:
@@ -76,6 +83,7 @@ class ReferenceOps:
 
         What stands in x for tokens that the base does not have is never kept: their adapters have rows for them.
         """
+        slab.wait(None)
         wide = torch.promote_types(x.dtype, torch.float32)
         for i, handle in enumerate(segments.adapter):
             rows = segments.rows[segments.start[i] : segments.start[i + 1]]
@@ -96,6 +104,7 @@ class ReferenceOps:
         self, h: Tensor, residual: Tensor, slab: Slab, role: str, layer: int | None, segments: Segments, eps: float
     ) -> Tensor:
         """The norm of the residual stream [T, hidden] with the adapters' own weights, where they have one."""
+        slab.wait(None)
         for i, handle in enumerate(segments.adapter):
             own = slab.override(handle, role, layer)
             if own is not None:
@@ -103,12 +112,22 @@ class ReferenceOps:
                 h[rows] = self.rms_norm(residual[rows], own[0][0].to(h.dtype), eps)
         return h
 
+    def adapt_residual(
+        self, x: Tensor, residual: Tensor, slab: Slab, site: Site, segments: Segments
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream x + residual [T, hidden] after a layer, with what adapters do to it: as its two parts,
+        or as one and None."""
+        stream, group = x + residual, SiteGroup((site,), (0,))
+        stream = self.lowrank_add(stream, stream, slab, group, segments)
+        return self.output_scale(stream, slab, group, segments), None
+
     def adapt_logits(self, logits: Tensor, x: Tensor, slab: Slab, site: Site, segments: Segments) -> Tensor:
         """The adapters' own heads, or rows of them, then pairs on the head: logits [L, V] fp32 of x [L, hidden].
 
         Where adapters have more tokens than the base the result is as wide as the widest; only the first columns of a
         row, as many as its adapter has tokens, mean anything.
         """
+        slab.wait(None)
         widest = max(slab.vocabulary.get(handle, 0) for handle in segments.adapter) if segments.adapter else 0
         if widest > site.d_out:
             logits = F.pad(logits, (0, widest - site.d_out))
@@ -169,6 +188,13 @@ class ReferenceOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: LayerCache | None,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """`rope` of q and k, then `attention`: what a GPU does in one kernel less for each."""
+        return self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v, batch, cache, window)
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
     ) -> Tensor:
@@ -180,8 +206,9 @@ class ReferenceOps:
         """
         if cache is not None:
             assert batch.cache_slot is not None and batch.block_table is not None
-            cache.k.view(-1, *k.shape[1:])[batch.cache_slot] = k
-            cache.v.view(-1, *v.shape[1:])[batch.cache_slot] = v
+            blocks, slots = batch.cache_slot // cache.k.shape[1], batch.cache_slot % cache.k.shape[1]
+            cache.k[blocks, slots] = _held(k, cache.k.dtype, cache.k_scale)
+            cache.v[blocks, slots] = _held(v, cache.v.dtype, cache.v_scale)
         bounds, lengths = batch.query_start.tolist(), batch.kv_len.tolist()
         outputs = []
         for b, length in enumerate(lengths):
@@ -191,10 +218,22 @@ class ReferenceOps:
             else:
                 assert batch.block_table is not None
                 blocks = batch.block_table[b, : -(-length // cache.k.shape[1])].long()
-                keys = cache.k[blocks].flatten(0, 1)[:length]
-                values = cache.v[blocks].flatten(0, 1)[:length]
+                keys = _meant(cache.k[blocks].flatten(0, 1)[:length], q.dtype, cache.k_scale)
+                values = _meant(cache.v[blocks].flatten(0, 1)[:length], q.dtype, cache.v_scale)
             outputs.append(_attend(q[rows], keys, values, window))
         return torch.cat(outputs)
+
+
+def _held(rows: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    """Keys or values [T, kv_heads, head_dim] as a cache holds them: clamped to what fp8 can say, where it is fp8."""
+    if scale is None:
+        return rows
+    largest = torch.finfo(dtype).max
+    return (rows.float() / scale[:, None]).clamp(-largest, largest).to(dtype)
+
+
+def _meant(held: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
+    return held if scale is None else (held.float() * scale[:, None]).to(dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
