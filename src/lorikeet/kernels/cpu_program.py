@@ -24,7 +24,8 @@ from lorikeet.kernels.cpu_runtime import at, device_function, hold, kernel, use_
 from lorikeet.kernels.cpu_team import meet
 from lorikeet.kernels.cpu_tiles import F0, I0
 
-WIDTH = 24  # integers of an operation: code, kind of rows, whether threads meet after it, and up to 21 arguments
+WIDTH = 24  # integers of an operation: code, kind of rows, whether threads meet after it, up to 20 arguments, and
+TURN = WIDTH - 1  # how far away the operation is that threads of odd number carry out in its place
 U8 = np.uint8(0)
 
 
@@ -160,7 +161,9 @@ def logits(a, f, rows, part, parts):
 def carry_out(program, count, numbers, fields, counter, part, parts, act, slab, stored):
     """What one thread does of a program."""
     f = at(fields, I0)
-    for i in range(count):
+    for place in range(count):
+        listed = at(program + place * 8 * WIDTH, I0)
+        i = place + (part & 1) * listed[TURN]
         a, number = at(program + i * 8 * WIDTH, I0), at(numbers, F0)[i]
         code, kind = a[0], a[1]
         rows = f[kind]
@@ -185,7 +188,7 @@ def carry_out(program, count, numbers, fields, counter, part, parts, act, slab, 
             attend(a, f, rows, number, part, parts, act)
         else:
             logits(a, f, rows, part, parts)
-        if a[2]:
+        if listed[2]:
             meet(counter, parts)
 
 

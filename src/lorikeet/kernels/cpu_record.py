@@ -20,7 +20,7 @@ from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.cpu_attention import EVERYTHING, BatchArguments
 from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray
 from lorikeet.kernels.cpu_products import AVAILABLE, STEP, STORED
-from lorikeet.kernels.cpu_program import BY_ROW_LAST, WIDTH, Code, Field, program_kernel
+from lorikeet.kernels.cpu_program import BY_ROW_LAST, TURN, WIDTH, Code, Field, program_kernel
 from lorikeet.kernels.cpu_rows import check_rows
 from lorikeet.kernels.cpu_runtime import TAGS
 from lorikeet.kernels.cpu_team import team
@@ -212,11 +212,18 @@ class Recorder:
         return torch.empty(0, table.shape[0])
 
     def finish(self) -> list[list[int]]:
-        """The operations, with a meeting after each but where the next reads only what the same thread wrote."""
+        """The operations, with a meeting after each but where the next reads only what the same thread wrote.
+
+        A product and the shrink behind it read the same rows: threads of odd number shrink first. So one waits for
+        the memory that adapters lie in while another multiplies, instead of both for each in turn.
+        """
         for row, following in zip(self.operations, self.operations[1:], strict=False):
             by_row = row[0] <= BY_ROW_LAST and following[0] <= BY_ROW_LAST and row[1] == following[1]
-            if by_row or (row[0] == Code.LINEAR and following[0] == Code.SHRINK):
+            shrinks = row[0] == Code.LINEAR and following[0] == Code.SHRINK
+            if by_row or shrinks:
                 row[2] = 0
+            if shrinks:
+                row[TURN], following[TURN] = 1, -1
         return self.operations
 
 
