@@ -6,12 +6,13 @@ rows of one tile (`gpu_tables`) and one site, and leaves at once where the tile 
 
 With few rows the time is that of reading A and B, each once for up to 16 rows: rows of A and B are read along d, 16
 bytes a thread. A is held in registers, so that one to `FEW` rows are multiplied as they come, without the padding that
-matrix units need. With many rows (prefill) both passes are matrix products over tiles of 64 or 128 rows.
+matrix units need. With many rows (prefill) both passes are matrix products over tiles of 64 rows.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,15 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from lorikeet.kernels.batch import Slab
-from lorikeet.kernels.gpu_tables import DECODE_ROWS, DeviceSegments
+from lorikeet.kernels.gpu_tables import DECODE_ROWS, PROMPT_ROWS, DeviceSegments
 from lorikeet.types import SiteGroup
 
 FEW = 4  # rows that are multiplied by A one by one
 PROGRAMS = 512  # that fill a large device, about four to a multiprocessor
 SPLITS = 32  # partial sums at most, where registers allow
+RANKS_AT_ONCE = (16, 64)  # of a product with many rows, by the highest rank in the batch
 SITES = 3  # of a group, at most
-EARLY_LAUNCH = False  # let a kernel begin to read weights before the one in front of it has ended (Hopper and later)
+EARLY_LAUNCH = False  # decode kernels read weights before the kernel in front of them has ended (Hopper and later)
 FIELDS = tl.constexpr(8)  # of an entry's line
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -40,13 +43,16 @@ def entry_of(entries, tile, site, all_sites):
 
 @triton.jit
 def product(x, y, total, WIDE: tl.constexpr):
-    """total + x y: in bf16 on matrix units, or in fp32 without a loss where one of the tensors at hand is fp32."""
-    if WIDE:
+    """total + x y: in bf16 on matrix units, or in fp32 without a loss where one of the tensors at hand is fp32.
+
+    The interpreter has no products in bf16; those in fp32 of values that were rounded to bf16 are the same.
+    """
+    if WIDE or INTERPRETED:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
     return tl.dot(x, y, total)
 
 
-@triton.jit(do_not_specialize=["first_site"])
+@triton.jit(do_not_specialize=["first_site", "u_rows"])
 def shrink_few_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, u_rows, ranks,
                       D_IN: tl.constexpr, N_SITES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
                       BLOCK_K: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr,
@@ -84,14 +90,14 @@ def shrink_few_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, l
             tl.store(u + place[:, None] + r[None, :], total, mask=(m < count)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_site"])
-def shrink_many_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, u_rows, ranks,
+@triton.jit(do_not_specialize=["first_site", "u_rows", "splits", "split_k"])
+def shrink_many_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, u_rows, ranks, splits, split_k,
                        D_IN: tl.constexpr, N_SITES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-                       BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, N_SPLITS: tl.constexpr,
-                       WIDE: tl.constexpr):  # fmt: skip
-    """As `shrink_few_kernel`, for tiles of many rows: one stretch of `SPLIT_K` columns, one block of ranks."""
+                       BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """As `shrink_few_kernel`, for tiles of many rows: one stretch of `split_k` columns, one block of ranks."""
     tile, site = tl.program_id(1), tl.program_id(0) % N_SITES
-    split, r_block = tl.program_id(0) // N_SITES % N_SPLITS, tl.program_id(0) // (N_SITES * N_SPLITS)
+    split, r_block = tl.program_id(0) // N_SITES % splits, tl.program_id(0) // N_SITES // splits
+    split_k = tl.multiple_of(split_k, BLOCK_K)
     entry = entry_of(entries, tile, first_site + site, all_sites)
     first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1).to(tl.int32)
     a_at, stride = tl.multiple_of(tl.load(entry), 16), tl.multiple_of(tl.load(entry + 2), 16)
@@ -101,8 +107,8 @@ def shrink_many_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, 
     m, r = tl.arange(0, BLOCK_M), r_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row = tl.load(rows + first + m, mask=m < count, other=0)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k0 in range(0, SPLIT_K, BLOCK_K):
-        k = split * SPLIT_K + k0 + tl.arange(0, BLOCK_K)
+    for k0 in range(0, split_k, BLOCK_K):
+        k = split * split_k + k0 + tl.arange(0, BLOCK_K)
         inside = (m < count)[:, None] & (k < D_IN)[None, :]
         some = tl.load(x + row[:, None] * ldx + k[None, :], mask=inside, other=0)
         inside = (r < rank)[:, None] & (k < D_IN)[None, :]
@@ -130,9 +136,9 @@ def shrink_tokens_kernel(u, tokens, data, tiles, entries, rows, site, all_sites,
 
 
 @triton.jit
-def expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, u_rows, u_sites, site, ranks,
-                 BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, N_SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
-                 WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+def expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, splits, u_rows, u_sites, site,
+                 ranks, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr,
+                 EARLY: tl.constexpr):  # fmt: skip
     """total + s u B over all ranks, `BLOCK_R` of them at a time; `AT_ONCE` partial sums of u are read at a time."""
     m, s = tl.arange(0, BLOCK_M), tl.arange(0, AT_ONCE)
     for r0 in range(0, rank, BLOCK_R):
@@ -143,27 +149,27 @@ def expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column
             tl.extra.cuda.gdc_wait()
         weight = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         there = (m < count)[:, None] & (r < rank)[None, :]
-        for s0 in tl.static_range(0, N_SPLITS, AT_ONCE):
+        for s0 in range(0, splits, AT_ONCE):
             split = (s0 + s).to(tl.int64)[:, None]
             place = ((split * u_rows + first + m[None, :]) * u_sites + site) * ranks
             part = tl.load(u + place[:, :, None] + r[None, None, :],
-                           mask=there[None, :, :] & (s0 + s < N_SPLITS)[:, None, None], other=0)  # fmt: skip
+                           mask=there[None, :, :] & (s0 + s < splits)[:, None, None], other=0)  # fmt: skip
             weight += tl.sum(part, 0)
         weight *= scale
         if WIDE:
             total = product(weight, b, total, WIDE)
         else:  # fp32 in two bf16 parts: what is lost is beyond the 16th bit
             high = weight.to(b.dtype)
-            total = tl.dot(high, b, total)
-            total = tl.dot((weight - high.to(tl.float32)).to(b.dtype), b, total)
+            total = product(high, b, total, WIDE)
+            total = product((weight - high.to(tl.float32)).to(b.dtype), b, total, WIDE)
     return total
 
 
-@triton.jit(do_not_specialize=["first_site"])
-def expand_kernel(y, u, data, tiles, entries, rows, first_site, all_sites, ldy, u_rows, ranks,
+@triton.jit(do_not_specialize=["first_site", "u_rows", "splits"])
+def expand_kernel(y, u, data, tiles, entries, rows, first_site, all_sites, ldy, u_rows, ranks, splits,
                   N_SITES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SMALL_R: tl.constexpr, BLOCK_R: tl.constexpr,
-                  N_SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+                  AT_ONCE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """y[row p, columns of the site] += s B^T u[p], the sum over all partial sums: one block of columns, all ranks."""
     tile, block = tl.program_id(1), tl.program_id(0)
     first_1, first_2 = (D0 + BLOCK_N - 1) // BLOCK_N, (D0 + BLOCK_N - 1) // BLOCK_N + (D1 + BLOCK_N - 1) // BLOCK_N
@@ -184,11 +190,11 @@ def expand_kernel(y, u, data, tiles, entries, rows, first_site, all_sites, ldy, 
     row = tl.load(rows + first + m, mask=m < count, other=0)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if rank <= SMALL_R:
-        total = expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, u_rows, N_SITES,
-                             site, ranks, BLOCK_M, SMALL_R, N_SPLITS, AT_ONCE, WIDE, EARLY)  # fmt: skip
+        total = expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, splits, u_rows,
+                             N_SITES, site, ranks, BLOCK_M, SMALL_R, AT_ONCE, WIDE, EARLY)  # fmt: skip
     else:
-        total = expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, u_rows, N_SITES,
-                             site, ranks, BLOCK_M, BLOCK_R, N_SPLITS, AT_ONCE, WIDE, EARLY)  # fmt: skip
+        total = expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, splits, u_rows,
+                             N_SITES, site, ranks, BLOCK_M, BLOCK_R, AT_ONCE, WIDE, EARLY)  # fmt: skip
     target = y + row[:, None] * ldy + (offset + column)[None, :]
     both = (m < count)[:, None] & inside[None, :]
     total += tl.load(target, mask=both, other=0).to(tl.float32)
@@ -207,13 +213,15 @@ def scale_kernel(y, vectors, tiles, entries, rows, site, all_sites, ldy, offset,
         return
     m, column = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < width
-    g = tl.load(vectors + tl.maximum(gain, 0) // ELEMENTS + column, mask=inside & (gain >= 0), other=1)
-    d = tl.load(vectors + tl.maximum(shift, 0) // ELEMENTS + column, mask=inside & (shift >= 0), other=0)
     row = tl.load(rows + first + m, mask=m < count, other=0)
     target = y + row[:, None] * ldy + (offset + column)[None, :]
     both = (m < count)[:, None] & inside[None, :]
     value = tl.load(target, mask=both, other=0).to(tl.float32)
-    tl.store(target, (value * g[None, :] + d[None, :]).to(y.dtype.element_ty), mask=both)
+    if gain >= 0:
+        value *= tl.load(vectors + gain // ELEMENTS + column, mask=inside, other=0)[None, :]
+    if shift >= 0:
+        value += tl.load(vectors + shift // ELEMENTS + column, mask=inside, other=0)[None, :]
+    tl.store(target, value.to(y.dtype.element_ty), mask=both)
 
 
 class Shrink(NamedTuple):
@@ -237,21 +245,21 @@ def plan_shrink(tiles: int, block_m: int, sites: int, d_in: int, rank: int, wide
         while not wide and triton.cdiv(d_in, block_k) > SPLITS and block_k < 1024:
             block_k *= 2
         return Shrink(True, 16, block_k, block_k, triton.cdiv(d_in, block_k), 8 if block_k == 1024 else 4)
-    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    block_r = RANKS_AT_ONCE[rank > RANKS_AT_ONCE[0]]
     programs = tiles * sites * triton.cdiv(rank, block_r)
     splits = 1
     while splits < 4 and programs * splits < PROGRAMS // 2 and d_in // (2 * splits) >= 512:
         splits *= 2
     block_k = 32 if wide else 64
     split_k = triton.cdiv(triton.cdiv(d_in, splits), block_k) * block_k
-    return Shrink(False, block_r, block_k, split_k, triton.cdiv(d_in, split_k), 8 if block_m == 128 else 4)
+    return Shrink(False, block_r, block_k, split_k, triton.cdiv(d_in, split_k), 4)
 
 
 @lru_cache(maxsize=1024)
 def plan_expand(tiles: int, block_m: int, widths: tuple[int, ...], wide: bool) -> tuple[int, int]:
     """(columns of a program, warps), by shape alone."""
     if block_m != DECODE_ROWS:
-        return (64, 4) if wide else (128, 8 if block_m == 128 else 4)
+        return (64, 4) if wide else (128, 4)
     columns = 64
     while not wide and columns < 256 and tiles * sum(triton.cdiv(d, 2 * columns) for d in widths) >= PROGRAMS:
         columns *= 2
@@ -291,8 +299,8 @@ def lowrank_add(y: Tensor, x: Tensor, slab: Slab, group: SiteGroup, tables: Devi
     else:
         blocks = triton.cdiv(tables.max_rank, plan.block_r)
         shrink_many_kernel[(len(widths) * plan.splits * blocks, tiles)](
-            u, x, *where, *sizes, group.d_in, len(widths), tables.block_m, plan.block_r, plan.block_k, plan.split_k,
-            plan.splits, wide, num_warps=plan.warps, num_stages=4,
+            u, x, *where, *sizes, plan.splits, plan.split_k, group.d_in, len(widths), tables.block_m, plan.block_r,
+            plan.block_k, wide, num_warps=plan.warps, num_stages=4,
         )  # fmt: skip
     expand(y, u, slab, group.sites[0].index, widths, tables)
     return y
@@ -305,11 +313,12 @@ def expand(y: Tensor, u: Tensor, slab: Slab, first_site: int, widths: tuple[int,
     wide = torch.float32 in (y.dtype, slab.data.dtype)
     columns, warps = plan_expand(tiles, tables.block_m, widths, wide)
     blocks = sum(triton.cdiv(width, columns) for width in widths)
-    block_r = 32 if few else min(64, max(16, triton.next_power_of_2(u.shape[3])))
+    block_r = 32 if few else RANKS_AT_ONCE[u.shape[3] > RANKS_AT_ONCE[0]]
+    at_once = 1 if splits == 1 or not few else 4 if splits <= 4 else 16
     expand_kernel[(blocks, tiles)](
         y, u, slab.data, tables.tiles, tables.entries, tables.rows, first_site, tables.entries.shape[1], y.stride(0),
-        u.shape[1], u.shape[3], len(widths), *widths, *[0] * (SITES - len(widths)), tables.block_m, columns, 16,
-        block_r, splits, min(16, triton.next_power_of_2(splits)) if few else 1, wide, EARLY_LAUNCH and few,
+        u.shape[1], u.shape[3], splits, len(widths), *widths, *[0] * (SITES - len(widths)), tables.block_m, columns, 16,
+        block_r, at_once, wide, EARLY_LAUNCH and few,
         num_warps=warps, num_stages=2, **(_early() if few else {}),
     )  # fmt: skip
 
@@ -343,6 +352,18 @@ def output_scale(y: Tensor, slab: Slab, group: SiteGroup, tables: DeviceSegments
             offset, site.d_out, elements, tables.block_m, columns,
         )  # fmt: skip
     return y
+
+
+def compile_products(slab: Slab, groups: Iterable[SiteGroup], dtype: torch.dtype) -> None:
+    """Compile (or load, where that was done before) the kernels for these products in every size that a batch may
+    choose, so that no request waits for it."""
+    kinds = {(group.d_in, widths_of(group)): group for group in groups}.values()
+    shapes = [(DECODE_ROWS, 2**i, 16) for i in range(10)] + [(PROMPT_ROWS, 1, rank) for rank in RANKS_AT_ONCE]
+    for block_m, tiles, rank in shapes:
+        tables = DeviceSegments(slab, block_m, tiles, block_m, rank)
+        for group in kinds:
+            x = torch.zeros((1, group.d_in), dtype=dtype, device=slab.data.device)
+            lowrank_add(x.new_zeros((1, group.d_out)), x, slab, group, tables)
 
 
 def _early() -> dict[str, bool]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from lorikeet.kernels.batch import Segments, Slab
 
 DECODE_ROWS = 16  # of a tile: the least that matrix units take
-LONGEST_DECODE = 47  # rows: with a longer segment tiles have 64, from LONG on 128
-LONG = 1024
+PROMPT_ROWS = 64  # of a tile where a segment has more than LONGEST_DECODE rows
+LONGEST_DECODE = 47
 MAX_RANK = 512
 
 
@@ -45,7 +45,7 @@ class DeviceSegments:
         """As large as one batch needs them, with tiles as its segments are long."""
         lengths = np.diff(segments.start)
         longest = int(lengths.max(initial=0))
-        block_m = DECODE_ROWS if longest <= LONGEST_DECODE else 64 if longest < LONG else 128
+        block_m = DECODE_ROWS if longest <= LONGEST_DECODE else PROMPT_ROWS
         tiles = int((-(-lengths // block_m)).sum())
         filled = cls(slab, len(segments.rows), tiles, block_m, highest_rank(slab, segments.adapter))
         filled.fill(segments)
