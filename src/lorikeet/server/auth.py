@@ -4,8 +4,9 @@ An endpoint says what it takes, and one that says nothing takes an admin:
 
     @router.post("/api/jobs")
     @needs("trainer")
-    async def create_job(request: Request) -> Response:
-        who = principal(request).actor
+    async def create_job(request: Request, who: Caller) -> Response: ...
+
+`Caller` is who asks, as the catalog knows them; `principal` also knows by which key.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
+from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from lorikeet.config import ServeConfig
@@ -73,6 +75,13 @@ def principal(connection: HTTPConnection) -> Principal:
     if not isinstance(found, Principal):
         raise RuntimeError(f"{connection.url.path} is public: it has no principal")
     return found
+
+
+async def _caller(connection: HTTPConnection) -> Actor:  # async: FastAPI calls others in threads
+    return principal(connection).actor
+
+
+Caller = Annotated[Actor, Depends(_caller)]
 
 
 # --- what an endpoint takes ---------------------------------------------------------------------------------------

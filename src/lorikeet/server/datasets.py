@@ -20,13 +20,13 @@ from lorikeet.job.preview import Answer, Asked
 from lorikeet.registry.home import SPLITS
 from lorikeet.registry.records import Actor, Dataset
 from lorikeet.registry.references import check_name
-from lorikeet.server.auth import needs, principal
+from lorikeet.server.auth import Caller, needs
 from lorikeet.server.forms import copy_to, fields_of, files_of, is_form, read_form, staged
 from lorikeet.server.listing import Query, page_reply, plain
 from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
 from lorikeet.server.state import ServerState
-from lorikeet.server.validation import Body, parse, read_body
+from lorikeet.server.validation import Body, read_body
 
 log = logging.getLogger("lorikeet.datasets")
 
@@ -56,22 +56,19 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.get("/api/datasets")
     @needs("user")
-    async def list_datasets(request: Request) -> Response:
+    async def list_datasets(request: Request, who: Caller) -> Response:
         query = Query(request, "limit", "after", "contains")
-        page = await platform.run(
-            datasets.page, principal(request).actor, after=query.text("after"), limit=query.limit,
-            contains=query.text("contains"),
-        )  # fmt: skip
+        after, contains = query.text("after"), query.text("contains")
+        page = await platform.run(datasets.page, who, after=after, limit=query.limit, contains=contains)
         return page_reply(page)
 
     @router.post("/api/datasets")
     @needs("trainer")
-    async def create_dataset(request: Request) -> Response:
+    async def create_dataset(request: Request, who: Caller) -> Response:
         """A form with `file` (or `train`), and `validation` and `test` where there are; or rows as JSON."""
-        who = principal(request).actor
         limit = min(platform.config.max_upload, MAX_DATASET)
         if not is_form(request):
-            body = parse(RowsBody, await read_body(request, limit))
+            body = await state.body(request, RowsBody, limit)
             return json_reply(plain(await platform.run_slow(_from_rows, platform, who, body)), 201)
         async with read_form(request, limit) as form:
             fields = fields_of(form, "name", "description", "shares", "seed")
@@ -80,21 +77,21 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.get("/api/datasets/{name}")
     @needs("user")
-    async def get_dataset(request: Request, name: str) -> Response:
+    async def get_dataset(who: Caller, name: str) -> Response:
         """With its first rows."""
-        found = await platform.run(datasets.get, principal(request).actor, name)
+        found = await platform.run(datasets.get, who, name)
         rows = await platform.run_slow(_first_rows, platform, found, "train", FIRST_ROWS)
         return json_reply(plain(found) | {"first_rows": rows})
 
     @router.delete("/api/datasets/{name}")
     @needs("trainer")
-    async def delete_dataset(request: Request, name: str) -> Response:
-        await platform.run(datasets.delete, principal(request).actor, name)
+    async def delete_dataset(who: Caller, name: str) -> Response:
+        await platform.run(datasets.delete, who, name)
         return Response(status_code=204)
 
     @router.post("/api/datasets/{name}/preview")
     @needs("user")
-    async def preview(request: Request, name: str) -> Response:
+    async def preview(request: Request, who: Caller, name: str) -> Response:
         """What a training would make of the rows: prompts, learned tokens, findings. Nothing is started."""
         raw = await read_body(request, state.config.max_body)
         try:
@@ -102,7 +99,7 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
         except ValueError as error:
             raise InvalidRequestError(f"the body is not valid JSON: {error}", code="malformed_json") from None
         recipe = read_fields(fields, JobRecipe, "recipe")
-        found = await platform.run(datasets.get, principal(request).actor, name)
+        found = await platform.run(datasets.get, who, name)
         return json_reply(await platform.run_slow(_preview, platform, found, recipe))
 
     return router

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
@@ -19,11 +18,11 @@ from lorikeet.errors import ConflictError, ForbiddenError, InvalidRequestError
 from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, Usage
 from lorikeet.server.auth import RANKS, needs, principal
-from lorikeet.server.listing import Query, page_reply
+from lorikeet.server.listing import Query, page_reply, plain
 from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
 from lorikeet.server.state import ServerState
-from lorikeet.server.validation import Body, parse, read_body, shown
+from lorikeet.server.validation import Body, shown
 
 Json = dict[str, Any]
 RoleName = Literal["admin", "trainer", "user"]
@@ -85,7 +84,7 @@ def _me(state: ServerState, platform: Platform) -> APIRouter:
         """The caller; what its key used today is of a second ago."""
         caller = principal(request)
         tenant = await platform.run(catalog.people.tenant, caller.tenant)
-        key = None if caller.key is None else (await platform.run(_described, catalog, caller.actor, [caller.key]))[0]
+        key = None if caller.key is None else await platform.run(_described, catalog, caller.actor, caller.key)
         body = {
             "tenant": tenant.name, "role": caller.role, "name": caller.actor.name, "key": key,
             "operator": caller.role == "admin" and caller.tenant == DEFAULT_TENANT,
@@ -103,51 +102,39 @@ def _keys(state: ServerState, platform: Platform) -> APIRouter:
     @needs("admin")
     async def list_keys(request: Request) -> Response:
         who = await _manager(request, platform)
-        keys = await platform.run(catalog.keys.all, who)
-        return _page(await platform.run(_described, catalog, who, keys))
+        return _page(await platform.run(_all_described, catalog, who))
 
     @router.post("/api/keys")
     @needs("admin")
     async def create_key(request: Request) -> Response:
         """The only answer that ever holds the key itself, as `secret`."""
         who = await _manager(request, platform)
-        body = parse(KeyBody, await read_body(request, state.config.max_body))
-        if body.role != "admin" and not await state.access.needs_key():
-            raise ConflictError(
-                f"role: found {body.role!r}; the first key must be an admin's, since from then on every request needs "
-                "a key",
-                hint="make an admin key first",
-                param="role",
-            )
-        if body.user is not None:
-            owner = await platform.run(catalog.people.user, who, body.user)
-            if RANKS[body.role] > RANKS[owner.role]:
-                raise InvalidRequestError(
-                    f"role: found {body.role!r}; {owner.name!r} has the role {owner.role}, and a key has no higher one",
-                    param="role",
-                )
+        body = await state.body(request, KeyBody)
+        await _check_role(state, platform, who, body)
         key, secret = await platform.run(
             catalog.keys.create, who, body.name, body.role, user=body.user, repositories=body.repositories,
             expires=body.expiry(), requests_per_minute=body.requests_per_minute, tokens_per_day=body.tokens_per_day,
         )  # fmt: skip
         state.access.keys_changed()
-        (described,) = await platform.run(_described, catalog, who, [key])
+        described = await platform.run(_described, catalog, who, key)
         return json_reply(described | {"secret": secret}, 201, NO_STORE)
 
     @router.patch("/api/keys/{key_id}")
     @needs("admin")
     async def grant(request: Request, key_id: str) -> Response:
         who = await _manager(request, platform)
-        body = parse(GrantBody, await read_body(request, state.config.max_body))
+        body = await state.body(request, GrantBody)
         key = await platform.run(catalog.keys.grant, who, key_id, body.repositories)
-        return json_reply((await platform.run(_described, catalog, who, [key]))[0])
+        state.access.keys_changed()
+        return json_reply(await platform.run(_described, catalog, who, key))
 
     @router.delete("/api/keys/{key_id}")
     @needs("admin")
     async def revoke(request: Request, key_id: str) -> Response:
         who = await _manager(request, platform)
         key = await platform.run(catalog.keys.revoke, who, key_id)
-        return json_reply((await platform.run(_described, catalog, who, [key]))[0])
+        state.access.keys_changed()
+        return json_reply(await platform.run(_described, catalog, who, key))
 
     return router
 
@@ -164,7 +151,7 @@ def _people(state: ServerState, platform: Platform) -> APIRouter:
     @needs("admin")
     async def create_user(request: Request) -> Response:
         who = await _manager(request, platform)
-        body = parse(UserBody, await read_body(request, state.config.max_body))
+        body = await state.body(request, UserBody)
         user = await platform.run(catalog.people.create_user, who, body.name, body.role, body.email)
         return json_reply(user, 201)
 
@@ -173,8 +160,10 @@ def _people(state: ServerState, platform: Platform) -> APIRouter:
     async def change_user(request: Request, name: str) -> Response:
         """The keys of a disabled user open nothing."""
         who = await _manager(request, platform)
-        body = parse(UserChangeBody, await read_body(request, state.config.max_body))
-        return json_reply(await platform.run(catalog.people.disable_user, who, name, body.disabled))
+        body = await state.body(request, UserChangeBody)
+        user = await platform.run(catalog.people.disable_user, who, name, body.disabled)
+        state.access.keys_changed()
+        return json_reply(user)
 
     @router.get("/api/tenants")
     @needs("admin", operator=True)
@@ -186,7 +175,7 @@ def _people(state: ServerState, platform: Platform) -> APIRouter:
     @needs("admin", operator=True)
     async def create_tenant(request: Request) -> Response:
         who = await _manager(request, platform)
-        body = parse(TenantBody, await read_body(request, state.config.max_body))
+        body = await state.body(request, TenantBody)
         return json_reply(await platform.run(catalog.people.create_tenant, who, body.name), 201)
 
     @router.get("/api/audit")
@@ -223,20 +212,36 @@ async def _manager(request: Request, platform: Platform, *known: str) -> Actor:
     return who if tenant.id == who.tenant else replace(who, tenant=tenant.id, name=f"{who.name}@default")
 
 
-def _described(catalog: Catalog, who: Actor, keys: Sequence[Key]) -> list[Json]:
-    """Keys with what they may use (`repositories`, None: all) and what they used today."""
-    described = []
-    for key in keys:
-        used: list[Usage] = catalog.keys.usage(key.id)
-        today = used[0] if used else None
-        described.append(
-            msgspec.to_builtins(key)
-            | {
-                "repositories": catalog.keys.grants(who, key.id),
-                "today": {"requests": today.requests if today else 0, "tokens": today.tokens if today else 0},
-            }
+async def _check_role(state: ServerState, platform: Platform, who: Actor, body: KeyBody) -> None:
+    """Raise for a key that would lock everybody out, or that may more than the user it belongs to."""
+    if body.role != "admin" and not await state.access.needs_key():
+        raise ConflictError(
+            f"role: found {body.role!r}; the first key must be an admin's, since every request needs one from then on",
+            hint="make an admin key first",
+            param="role",
         )
-    return described
+    if body.user is None:
+        return
+    owner = await platform.run(platform.catalog.people.user, who, body.user)
+    if RANKS[body.role] > RANKS[owner.role]:
+        raise InvalidRequestError(
+            f"role: found {body.role!r}; {owner.name!r} has the role {owner.role}, and a key has no higher one",
+            param="role",
+        )
+
+
+def _described(catalog: Catalog, who: Actor, key: Key) -> Json:
+    """A key with what it may use (`repositories`, None: all) and what it used today."""
+    used: list[Usage] = catalog.keys.usage(key.id)
+    today = used[0] if used else None
+    return plain(key) | {
+        "repositories": catalog.keys.grants(who, key.id),
+        "today": {"requests": today.requests if today else 0, "tokens": today.tokens if today else 0},
+    }
+
+
+def _all_described(catalog: Catalog, who: Actor) -> list[Json]:
+    return [_described(catalog, who, key) for key in catalog.keys.all(who)]
 
 
 def _page(items: Sequence[Any]) -> Response:

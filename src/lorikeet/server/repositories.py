@@ -18,13 +18,13 @@ from lorikeet.errors import NotFoundError, UnsupportedFieldError
 from lorikeet.registry.difference import compare
 from lorikeet.registry.home import TAKEN
 from lorikeet.registry.records import Actor, Repository, Version, VersionContent
-from lorikeet.server.auth import needs, principal
+from lorikeet.server.auth import Caller, needs
 from lorikeet.server.forms import copy_to, fields_of, files_of, is_form, read_form, staged
 from lorikeet.server.listing import Query, page_reply, plain
 from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
 from lorikeet.server.state import ServerState
-from lorikeet.server.validation import ApiToken, Body, parse, read_body, shown
+from lorikeet.server.validation import ApiToken, Body, IdempotencyKey, shown
 from lorikeet.types import MergeMethod, MergeSpec, SignMethod
 
 Json = dict[str, Any]
@@ -83,29 +83,25 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.get("/api/repos")
     @needs("user")
-    async def list_repos(request: Request) -> Response:
+    async def list_repos(request: Request, who: Caller) -> Response:
         query = Query(request, "limit", "after", "contains")
-        page = await platform.run(
-            repositories.page, principal(request).actor, after=query.text("after"), limit=query.limit,
-            contains=query.text("contains"),
-        )  # fmt: skip
+        after, contains = query.text("after"), query.text("contains")
+        page = await platform.run(repositories.page, who, after=after, limit=query.limit, contains=contains)
         return page_reply(page, [_repository(one) for one in page.items])
 
     @router.post("/api/repos")
     @needs("trainer")
-    async def create_repo(request: Request) -> Response:
-        body = parse(RepoBody, await read_body(request, state.config.max_body))
+    async def create_repo(request: Request, who: Caller, key: IdempotencyKey) -> Response:
+        body = await state.body(request, RepoBody)
         made = await platform.run(
-            repositories.create, principal(request).actor, body.name, body.description, exists_ok=body.exists_ok,
-            idempotency_key=request.headers.get("idempotency-key"),
-        )  # fmt: skip
+            repositories.create, who, body.name, body.description, exists_ok=body.exists_ok, idempotency_key=key
+        )
         return json_reply(_repository(made), 201)
 
     @router.get("/api/repos/{repo}")
     @needs("user")
-    async def get_repo(request: Request, repo: str) -> Response:
+    async def get_repo(who: Caller, repo: str) -> Response:
         """With its versions, newest first, and where each is now."""
-        who = principal(request).actor
         found = await platform.run(repositories.get, who, repo)
         versions = await platform.run(platform.catalog.versions.page, who, repo, limit=1000)
         where = await _places(state)
@@ -114,15 +110,14 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.patch("/api/repos/{repo}")
     @needs("trainer")
-    async def describe_repo(request: Request, repo: str) -> Response:
-        body = parse(DescriptionBody, await read_body(request, state.config.max_body))
-        who = principal(request).actor
+    async def describe_repo(request: Request, who: Caller, repo: str) -> Response:
+        body = await state.body(request, DescriptionBody)
         return json_reply(_repository(await platform.run(repositories.describe, who, repo, body.description)))
 
     @router.delete("/api/repos/{repo}")
     @needs("trainer")
-    async def delete_repo(request: Request, repo: str) -> Response:
-        await platform.run(repositories.delete, principal(request).actor, repo)
+    async def delete_repo(who: Caller, repo: str) -> Response:
+        await platform.run(repositories.delete, who, repo)
         return Response(status_code=204)
 
     _add_versions(router, state, platform)
@@ -139,39 +134,34 @@ def _add_versions(router: APIRouter, state: ServerState, platform: Platform) -> 
 
     @router.get("/api/repos/{repo}/versions/{number}")
     @needs("user")
-    async def get_version(request: Request, repo: str, number: int) -> Response:
-        who = principal(request).actor
+    async def get_version(who: Caller, repo: str, number: int) -> Response:
         told = await platform.run(_whole_version, platform, who, repo, number)
         found = await platform.run(versions.get, who, repo, number)
         return json_reply(told | {"where": _where(found, await _places(state))})
 
     @router.patch("/api/repos/{repo}/versions/{number}")
     @needs("trainer")
-    async def change_version(request: Request, repo: str, number: int) -> Response:
-        body = parse(VersionChangeBody, await read_body(request, state.config.max_body))
-        who = principal(request).actor
+    async def change_version(request: Request, who: Caller, repo: str, number: int) -> Response:
+        body = await state.body(request, VersionChangeBody)
         return json_reply(_version(await platform.run(versions.archive, who, repo, number, body.archived)))
 
     @router.delete("/api/repos/{repo}/versions/{number}")
     @needs("trainer")
-    async def delete_version(request: Request, repo: str, number: int) -> Response:
-        await platform.run(versions.delete, principal(request).actor, repo, number)
+    async def delete_version(who: Caller, repo: str, number: int) -> Response:
+        await platform.run(versions.delete, who, repo, number)
         return Response(status_code=204)
 
     @router.get("/api/repos/{repo}/versions/{number}/diff/{other}")
     @needs("user")
-    async def compare_versions(request: Request, repo: str, number: int, other: int) -> Response:
-        who = principal(request).actor
+    async def compare_versions(who: Caller, repo: str, number: int, other: int) -> Response:
         found = await platform.run_slow(compare, platform.home, who, f"{repo}/{number}", f"{repo}/{other}")
         return json_reply(plain(found))
 
     @router.post("/api/repos/{repo}/versions")
     @needs("trainer")
-    async def create_version(request: Request, repo: str) -> Response:
+    async def create_version(request: Request, who: Caller, repo: str, key: IdempotencyKey) -> Response:
         """A PEFT folder's files as a form, or `{"merge": {...}}`, or `{"source": "hf://..."}`."""
-        who = principal(request).actor
         await platform.run(platform.catalog.repositories.get, who, repo)  # before anything is uploaded
-        key = request.headers.get("idempotency-key")
         if is_form(request):
             async with read_form(request, platform.config.max_upload) as form:
                 description = fields_of(form, "description").get("description", "")
@@ -179,7 +169,7 @@ def _add_versions(router: APIRouter, state: ServerState, platform: Platform) -> 
                     await platform.run_slow(_take_files, files_of(form), folder)
                     content = await _checked(state, platform, folder, "upload")
         else:
-            body = parse(VersionBody, await read_body(request, state.config.max_body))
+            body = await state.body(request, VersionBody)
             description, content = body.description, await _made(state, platform, who, body)
         made = await platform.run(versions.add, who, repo, content, description=description, idempotency_key=key)
         return json_reply(_version(made), 201)
@@ -253,9 +243,8 @@ def _take_files(uploads: list[tuple[str, Any]], folder: Path) -> None:
 def _add_files(router: APIRouter, state: ServerState, platform: Platform) -> None:
     @router.get("/api/repos/{repo}/versions/{number}/files/{path:path}")
     @needs("user")
-    async def get_file(request: Request, repo: str, number: int, path: str) -> Response:
+    async def get_file(request: Request, who: Caller, repo: str, number: int, path: str) -> Response:
         """A file of a version, verified on its way; `Range: bytes=N-` goes on with an earlier download."""
-        who = principal(request).actor
         sha256, size = await platform.run_slow(_find_file, platform, who, f"{repo}/{number}", path)
         start = _start_of(request.headers.get("range"), size)
         headers = {
@@ -297,23 +286,22 @@ def _add_aliases(router: APIRouter, state: ServerState, platform: Platform) -> N
 
     @router.put("/api/repos/{repo}/aliases/{alias}")
     @needs("trainer")
-    async def move_alias(request: Request, repo: str, alias: str) -> Response:
+    async def move_alias(request: Request, who: Caller, repo: str, alias: str) -> Response:
         """It takes effect with the next request."""
-        body = parse(AliasBody, await read_body(request, state.config.max_body))
-        who = principal(request).actor
+        body = await state.body(request, AliasBody)
         moved = await platform.run(aliases.move, who, repo, alias, body.version, expected=body.expected)
         return json_reply(plain(moved))
 
     @router.delete("/api/repos/{repo}/aliases/{alias}")
     @needs("trainer")
-    async def remove_alias(request: Request, repo: str, alias: str) -> Response:
-        await platform.run(aliases.remove, principal(request).actor, repo, alias)
+    async def remove_alias(who: Caller, repo: str, alias: str) -> Response:
+        await platform.run(aliases.remove, who, repo, alias)
         return Response(status_code=204)
 
     @router.get("/api/repos/{repo}/aliases/{alias}/history")
     @needs("user")
-    async def alias_history(request: Request, repo: str, alias: str) -> Response:
-        found = await platform.run(aliases.history, principal(request).actor, repo, alias)
+    async def alias_history(who: Caller, repo: str, alias: str) -> Response:
+        found = await platform.run(aliases.history, who, repo, alias)
         return json_reply({"items": [plain(one) for one in found], "next": None})
 
 

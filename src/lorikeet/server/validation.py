@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Header, Request
+from fastapi import Depends, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -36,7 +36,13 @@ class BodyTooLargeError(LorikeetError):
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
-IdempotencyKey = Annotated[str | None, Header(alias="idempotency-key")]
+
+
+async def _idempotency_key(request: Request) -> str | None:
+    return request.headers.get("idempotency-key")
+
+
+IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]
 
 
 async def read_body(request: Request, limit: int) -> bytes:
