@@ -6,11 +6,13 @@ import threading
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 from tests.registry.conftest import NOW, Clock
 from tests.registry.contents import content
 
 from lorikeet.errors import ConflictError, InvalidRequestError, LeaseLostError, NotFoundError
 from lorikeet.registry.catalog import Catalog
+from lorikeet.registry.migration import migrate
 from lorikeet.registry.records import Actor, Job, JobRequest
 from lorikeet.types import ErrorInfo
 
@@ -204,3 +206,40 @@ def test_pages_and_filters(catalog: Catalog, who: Actor, clock: Clock) -> None:
     assert len(catalog.jobs.page(who, repository="intent").items) == 3
     with pytest.raises(InvalidRequestError, match="expected the `next` of a page"):
         catalog.jobs.page(who, after="nonsense")
+
+
+def test_an_evaluation_is_seen_by_whoever_may_use_what_it_judges(catalog: Catalog, who: Actor) -> None:
+    job = submit(catalog, who, kind="evaluate", repository="intent")
+    assert (job.repository, job.number) == ("intent", None) and catalog.repositories.get(who, "intent").versions == []
+    alone = submit(catalog, who, kind="evaluate")
+    shared = {"base": "nano", "metric": "accuracy", "n": 1, "score": 1.0}
+    for task, made in (("intent", job), ("base alone", alone)):
+        catalog.evaluations.add(who, task=task, job_id=made.id, **shared)
+    confined = Actor(repositories=frozenset({catalog.repositories.create(who, "spare").id}))
+    assert [one.id for one in catalog.jobs.page(confined).items] == [alone.id]
+    assert [one.task for one in catalog.evaluations.find(confined)] == ["base alone"]
+    jobs = catalog.jobs
+    for look in (jobs.get, jobs.events, jobs.metrics, jobs.cancel, jobs.resume):
+        with pytest.raises(NotFoundError):
+            look(confined, job.id)
+    granted = Actor(repositories=frozenset({catalog.repositories.get(who, "intent").id}))
+    assert jobs.get(granted, job.id) == job and len(catalog.evaluations.find(granted)) == 2
+
+
+def test_a_repeated_create_shows_no_job_of_another_repository(catalog: Catalog, who: Actor) -> None:
+    request = JobRequest(kind="train", spec={}, base="nano", repository="intent")
+    catalog.jobs.submit(who, request, idempotency_key="k")
+    with pytest.raises(NotFoundError):
+        catalog.jobs.submit(Actor(repositories=frozenset()), request, idempotency_key="k")
+
+
+def test_evaluations_of_older_catalogs_get_their_repository(catalog: Catalog, who: Actor) -> None:
+    version = catalog.versions.by_id(who, submit(catalog, who, repository="intent").version_id or "")
+    judged, of_base, gone = (
+        submit(catalog, who, kind="evaluate", spec={"version": one}) for one in (version.id, None, "no such")
+    )
+    with catalog.database.engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    migrate(catalog.database)
+    found = [catalog.jobs.get(who, one.id).repository for one in (judged, of_base, gone)]
+    assert found == ["intent", None, None]

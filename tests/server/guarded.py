@@ -20,6 +20,7 @@ from tests.server.hosting import Hosted, hosted
 
 from lorikeet.config import PlatformConfig
 from lorikeet.data.formats import read_rows
+from lorikeet.job.orders import log_path
 from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.records import Actor, JobRequest
 from lorikeet.server.logs import FORMAT, LineFormatter
@@ -151,15 +152,23 @@ def _furnish(platform: Platform, victim: Actor, adapter: Path, home: Path) -> di
         memory=2**60,  # so much that nobody ever runs it
     )  # fmt: skip
     job = catalog.jobs.submit(victim, request)
+    judging = msgspec.structs.replace(request, kind="evaluate")
+    judged = catalog.jobs.submit(victim, judging)
+    for one in (job, judged):
+        log_path(home, one.id).parent.mkdir(parents=True)
+        log_path(home, one.id).write_text(f"{MARK}\n")
     catalog.people.create_user(victim, NAME, "user", f"{MARK}@example.com")
     version = catalog.versions.get(victim, NAME, 1)
-    catalog.evaluations.add(
-        victim, base="llama", task=MARK, metric="accuracy", n=10, score=0.5, version_id=version.id, job_id=job.id
-    )
+    for judged_version in (version.id, None):
+        catalog.evaluations.add(
+            victim, base="llama", task=MARK, metric="accuracy", n=10, score=0.5, version_id=judged_version,
+            job_id=judged.id,
+        )  # fmt: skip
     key = catalog.keys.all(victim)
     assert not key
     return {
         "repo": NAME, "name": NAME, "dataset": NAME, "alias": "production", "number": "1", "other": "2", "tag": "1",
         "path": "README.md", "job_id": job.id, "job": job.id, "tenant": victim.tenant, "deployment": "llama",
         "action": "load", "key_id": caller(catalog, NAME, "user", victim.tenant).key.id, "task": "x",
+        "evaluation": judged.id,
     }  # fmt: skip

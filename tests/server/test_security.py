@@ -157,6 +157,27 @@ def test_every_route_with_a_key_for_another_repository(guarded: Guarded) -> None
     assert guarded.snapshot() == before
 
 
+@pytest.mark.parametrize("kind", ["job", "evaluation"])
+def test_what_jobs_say_to_a_key_for_another_repository(guarded: Guarded, kind: str) -> None:
+    """Nothing: not their states, logs, metrics and streams, nor the scores that they found."""
+    job = guarded.names[kind]
+    before = guarded.snapshot()
+    of_jobs = [door for door in private(guarded) if {"job", "job_id"} & set(door.parameters)]
+    assert len(of_jobs) > 10
+    for door in of_jobs:
+        status, text = knock(guarded, door, guarded.confined, {}, **guarded.names | {"job": job, "job_id": job})
+        unsupported = status == 400 and "unsupported_call" in text
+        assert (status == 404 or unsupported) and MARK not in text, (door.name, status, text)
+    for place in ("/api/jobs", "/api/leaderboard", "/v2/finetuning/jobs"):
+        reply = guarded.send("GET", place, guarded.confined)
+        assert reply.status_code == 200 and MARK not in reply.text and job not in reply.text, (place, reply.text)
+        assert MARK in guarded.send("GET", place, guarded.user).text or "/v2/" in place
+    assert guarded.send("GET", "/api/jobs?repo=victim", guarded.confined).status_code == 404
+    assert guarded.snapshot() == before
+    for route in ("", "/logs"):
+        assert MARK in guarded.send("GET", f"/api/jobs/{job}{route}", guarded.user).text, route
+
+
 def test_the_victims_own_keys_do_see_what_the_others_do_not(guarded: Guarded) -> None:
     """The test of the tests: each of these places holds the mark."""
     places = [

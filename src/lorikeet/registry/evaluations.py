@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import select, true
+from sqlalchemy import ColumnElement, or_, select, true
 from sqlalchemy.orm import Session
 
 from lorikeet.registry.audit import checked_limit, log_change, not_found, to_record
 from lorikeet.registry.database import Part, change, query
 from lorikeet.registry.records import Actor, Evaluation
-from lorikeet.registry.schema import DatasetRow, EvaluationRow, VersionRow
+from lorikeet.registry.schema import DatasetRow, EvaluationRow, JobRow, VersionRow
 from lorikeet.registry.versions import find_version
 
 
@@ -69,14 +69,11 @@ class Evaluations(Part):
     ) -> list[Evaluation]:
         """Newest first; those of living versions and of bases, as far as the actor may use them."""
         alive = EvaluationRow.version_id.is_(None) | VersionRow.deleted.is_(None)
-        granted: Any = true()
-        if who.repositories is not None:
-            mine = VersionRow.repository_id.in_(sorted(who.repositories))
-            granted = EvaluationRow.version_id.is_(None) | mine
         wanted = (
             select(EvaluationRow)
             .outerjoin(VersionRow, VersionRow.id == EvaluationRow.version_id)
-            .where(EvaluationRow.tenant_id == who.tenant, alive, granted)
+            .outerjoin(JobRow, JobRow.id == EvaluationRow.job_id)
+            .where(EvaluationRow.tenant_id == who.tenant, alive, _granted(who))
             .order_by(EvaluationRow.created.desc(), EvaluationRow.id)
         )
         for column, value in (
@@ -85,3 +82,12 @@ class Evaluations(Part):
             if value is not None:
                 wanted = wanted.where(column == value)
         return [to_record(Evaluation, row) for row in session.scalars(wanted.limit(checked_limit(limit)))]
+
+
+def _granted(who: Actor) -> ColumnElement[bool]:
+    """A result belongs to the repository of its version, one of the base to that of the job that judged both."""
+    if who.repositories is None:
+        return true()
+    mine = sorted(who.repositories)
+    of_base = or_(JobRow.repository_id.is_(None), JobRow.repository_id.in_(mine))
+    return or_(VersionRow.repository_id.in_(mine), EvaluationRow.version_id.is_(None) & of_base)

@@ -50,10 +50,10 @@ class Jobs(Part):
 
     @change
     def submit(self, session: Session, who: Actor, request: JobRequest, *, idempotency_key: str | None = None) -> Job:
-        """Queue a job and reserve the version it will fill. Raises `NotFoundError`, `ConflictError`."""
+        """Queue a job; a training's version is reserved. Raises `NotFoundError`, `ConflictError`."""
         made = find_made(session, who, "job.create", idempotency_key, request, self._now)
         if made is not None:
-            return _job(session, session.get_one(JobRow, made))
+            return _job(session, _find(session, who, made))
         if request.memory < 0 or request.max_attempts < 1:
             raise InvalidRequestError(
                 f"expected memory >= 0 and max_attempts >= 1, found {request.memory} and {request.max_attempts}",
@@ -74,11 +74,12 @@ class Jobs(Part):
         session.flush()
         if request.repository is not None:
             home = find_repository(session, who, request.repository, lock=True)
-            version = reserve(
-                session, who, home, now=self._now, description=request.description, parent=request.parent,
-                job_id=row.id,
-            )  # fmt: skip
-            row.repository_id, row.version_id = home.id, version.id
+            row.repository_id = home.id
+            if request.kind == "train":
+                row.version_id = reserve(
+                    session, who, home, now=self._now, description=request.description, parent=request.parent,
+                    job_id=row.id,
+                ).id  # fmt: skip
         _tell(session, row, self._now, "queued", "waiting for its turn")
         remember_made(session, who, "job.create", idempotency_key, request, row.id, self._now)
         log_change(session, who, self._now, "job.create", row.id, request.kind, repository=request.repository)
@@ -152,13 +153,7 @@ class Jobs(Part):
     def events(self, session: Session, who: Actor, job_id: str, *, after: int = 0, limit: int = 1000) -> list[JobEvent]:
         """The timeline from the event after number `after` on."""
         _find(session, who, job_id)
-        rows = session.scalars(
-            select(JobEventRow)
-            .where(JobEventRow.job_id == job_id, JobEventRow.id > after)
-            .order_by(JobEventRow.id)
-            .limit(checked_limit(limit))
-        )
-        return [to_record(JobEvent, row) for row in rows]
+        return _events(session, job_id, after, limit)
 
     @query
     def metrics(
@@ -166,13 +161,15 @@ class Jobs(Part):
     ) -> list[JobMetric]:
         """Metrics lines from the one after number `after` on."""
         _find(session, who, job_id)
-        rows = session.scalars(
-            select(JobMetricRow)
-            .where(JobMetricRow.job_id == job_id, JobMetricRow.id > after)
-            .order_by(JobMetricRow.id)
-            .limit(checked_limit(limit))
-        )
-        return [to_record(JobMetric, row) for row in rows]
+        return _metrics(session, job_id, after, limit)
+
+    @query
+    def news(
+        self, session: Session, who: Actor, job_id: str, *, event: int = 0, metric: int = 0, limit: int = 1000
+    ) -> tuple[Job, list[JobEvent], list[JobMetric]]:
+        """The job at one moment, and what it had said by then after these numbers, at most `limit` of each."""
+        job = _job(session, _find(session, who, job_id))
+        return job, _events(session, job_id, event, limit), _metrics(session, job_id, metric, limit)
 
     # --- for whoever runs them: of all tenants ----------------------------------------------------------------------
 
@@ -393,6 +390,16 @@ def _end(session: Session, row: JobRow, state: JobState, now: float, message: st
 
 def _tell(session: Session, row: JobRow, now: float, kind: str, message: str, **data: Any) -> None:
     session.add(JobEventRow(job_id=row.id, at=now, kind=kind, message=message, data=data or None))
+
+
+def _events(session: Session, job_id: str, after: int, limit: int) -> list[JobEvent]:
+    rows = select(JobEventRow).where(JobEventRow.job_id == job_id, JobEventRow.id > after).order_by(JobEventRow.id)
+    return [to_record(JobEvent, row) for row in session.scalars(rows.limit(checked_limit(limit)))]
+
+
+def _metrics(session: Session, job_id: str, after: int, limit: int) -> list[JobMetric]:
+    rows = select(JobMetricRow).where(JobMetricRow.job_id == job_id, JobMetricRow.id > after).order_by(JobMetricRow.id)
+    return [to_record(JobMetric, row) for row in session.scalars(rows.limit(checked_limit(limit)))]
 
 
 def _state(row: JobRow) -> JobState:

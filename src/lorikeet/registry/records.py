@@ -305,7 +305,10 @@ class Evaluation(Record, frozen=True, kw_only=True):
 
 
 class JobRequest(Record, frozen=True, kw_only=True):
-    """A job to be queued. With a `repository` a version of it is reserved and stays pending until the job fills it.
+    """A job to be queued, which whoever may use its `repository` may see; without one, all of the tenant.
+
+    A training reserves a version of its repository, pending until the job fills it. An evaluation belongs to the
+    repository of what it judges.
 
     `parent` (a reference) is what training goes on from. `join_key`: queued jobs with the same one may run as one.
     """
@@ -324,7 +327,7 @@ class JobRequest(Record, frozen=True, kw_only=True):
 
 
 class Job(Record, frozen=True, kw_only=True):
-    """`repository` and `number` name the version it makes."""
+    """`repository` and `number` name the version it makes; `number` None: it judges one of the repository's."""
 
     id: str
     tenant_id: str

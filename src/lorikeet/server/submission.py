@@ -15,6 +15,7 @@ from lorikeet.model.families import load_spec
 from lorikeet.model.sources import find_model
 from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.records import Actor, Dataset, Job, JobRequest
+from lorikeet.registry.references import parse_reference
 from lorikeet.server.estimate import gains_from_company, training_memory
 from lorikeet.template import Template
 
@@ -106,6 +107,7 @@ def submit_evaluation(
     }  # fmt: skip
     request = JobRequest(
         kind="evaluate", spec=spec, base=platform.base.name, dataset_id=data.id, description=description,
+        repository=None if resolved is None else parse_reference(resolved.reference).repository,
         memory=min(platform.judging_memory, platform.job_memory),
     )  # fmt: skip
     return _submit(platform, who, request, idempotency_key)
