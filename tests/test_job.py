@@ -197,6 +197,8 @@ def test_judging(home: Home, model: str) -> None:
     assert base.version_id is None and adapter.version_id == version.id
     assert adapter.metric == "accuracy" and adapter.n == 16 and adapter.low is not None
     assert adapter.result["baseline"] == 1.0  # the test rows are the training rows
+    assert adapter.result["baseline_ci"] == [1.0, 1.0]
+    assert 0 < adapter.result["p50_ms"] <= adapter.result["p95_ms"] and adapter.result["core_seconds"] > 0
 
 
 def test_orders_are_private(home: Home, tmp_path: Path) -> None:

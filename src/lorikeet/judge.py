@@ -21,6 +21,8 @@ from lorikeet.evals.harness import Answer, Generate, Job, Result, judge, prepare
 if TYPE_CHECKING:
     from lorikeet.client import AsyncClient
 
+AT_ONCE = 32  # questions under way
+
 
 def run_eval(
     recipe_path: Path,
@@ -29,7 +31,7 @@ def run_eval(
     only: Collection[str] = (),
     adapters: Path | None = None,
     output: Path | None = None,
-    concurrency: int = 32,
+    concurrency: int = AT_ONCE,
     api_key: str | None = None,
     root: Path | None = None,
     console: Console | None = None,
@@ -57,7 +59,7 @@ def run_eval(
         if url is not None:
             generate = _through_server(url, api_key, concurrency, on_done)
         else:
-            generate = through_engine(recipe, folder, on_done)
+            generate = through_engine(recipe, folder, on_done, concurrency)
         results = judge(recipe, prepared, generate)
     summary = folder / "summary.json" if folder is not None else None
     if summary is not None and summary.exists():
@@ -119,7 +121,10 @@ def _body(job: Job, base: str) -> Mapping[str, Any]:
     return body
 
 
-def through_engine(recipe: EvalRecipe, adapters: Path | None, on_done: Callable[[int], None]) -> Generate:
+def through_engine(
+    recipe: EvalRecipe, adapters: Path | None, on_done: Callable[[int], None], concurrency: int = AT_ONCE
+) -> Generate:
+    """An engine of this process, with so many questions in it at once: latencies are of that load."""
     if recipe.base is None:
         raise ConfigError(
             "$.base: missing; the offline engine needs it", hint="name a base, or a server with --url", param="$.base"
@@ -156,8 +161,9 @@ def through_engine(recipe: EvalRecipe, adapters: Path | None, on_done: Callable[
             adapters=[job.adapter for job in jobs],
             sampling=sampling,
             stop=[list(job.stop) for job in jobs],
+            concurrency=concurrency,
             on_done=on_done,
         )
-        return [Answer(completion.text) for completion in completions]
+        return [Answer(completion.text, completion.seconds * 1000) for completion in completions]
 
     return run

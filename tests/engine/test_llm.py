@@ -119,6 +119,21 @@ def test_more_prompts_than_the_queue_holds(llm: Any, folders: tuple[Path, Path])
     assert [len(one.tokens) for one in done] == [3] * 20
 
 
+def test_so_many_requests_at_once_as_asked_for(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[int] = []
+    step = llm.engine.step
+
+    def watched() -> Any:
+        running.append(llm.stats().running + llm.stats().waiting)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", watched)
+    done = llm.generate(PROMPTS * 2, sampling=SamplingParams(max_tokens=2, ignore_eos=True), concurrency=3)
+    assert max(running) == 3 and all(one.seconds > 0 for one in done)
+    with pytest.raises(InvalidRequestError, match="concurrency: found 0"):
+        llm.generate(PROMPTS, concurrency=0)
+
+
 def test_errors_name_what_is_wrong_and_leave_nothing_behind(llm: Any, folders: tuple[Path, Path]) -> None:
     with pytest.raises(NotFoundError, match="'adapter-9'.*adapter-00, adapter-01"):
         llm.generate(PROMPTS, adapters="adapter-9")

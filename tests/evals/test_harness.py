@@ -1,14 +1,16 @@
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from lorikeet.config import EvalRecipe
 from lorikeet.errors import ConfigError, DataError
 from lorikeet.evals import report
-from lorikeet.evals.harness import Answer, Job, judge, prepare
+from lorikeet.evals.harness import Answer, Job, Result, judge, prepare
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "test.jsonl": [{"text": f"where is parcel {i}", "label": "parcel" if i % 2 else "refund"} for i in range(20)],
@@ -76,7 +78,9 @@ def test_choices_come_from_the_data_and_start_as_training_completions_do() -> No
 
 def test_baseline_learns_from_the_training_rows() -> None:
     wanted = recipe(baseline="tfidf", input="text", data={"test": "test.jsonl", "train": "train.jsonl"})
-    assert prepare(wanted, Path(), read_rows)[0].baseline == 0.5  # it has seen "parcel" with one label alone
+    (result,) = judge(wanted, prepare(wanted, Path(), read_rows), Scripted())
+    assert result.baseline == 0.5  # it has seen "parcel" with one label alone
+    assert result.baseline_ci == result.base_ci  # right on the same rows, so equal in every resample
     with pytest.raises(ConfigError, match=r"tasks\[0\].baseline: needs the rows"):
         prepare(recipe(baseline="tfidf"), Path(), read_rows)
 
@@ -103,7 +107,21 @@ def test_report_adds_what_training_cost_and_writes_formats_md(tmp_path: Path) ->
     report.write(results, tmp_path / "out" / "results.json")
     (line,) = msgspec.json.decode((tmp_path / "out" / "results.json").read_bytes())
     assert set(line) == {
-        "task", "metric", "n", "base", "base_ci", "adapter", "adapter_ci", "baseline", "seed", "train_seconds",
-        "joint_wall_seconds", "adapter_bytes", "p50_ms", "p95_ms",
+        "task", "metric", "n", "base", "base_ci", "adapter", "adapter_ci", "baseline", "baseline_ci", "seed",
+        "train_seconds", "core_seconds", "joint_wall_seconds", "adapter_bytes", "p50_ms", "p95_ms",
     }  # fmt: skip
     assert (line["train_seconds"], line["joint_wall_seconds"], line["adapter_bytes"]) == (20.0, 60.0, 1000)
+
+
+def test_nothing_of_the_table_is_cut_on_a_terminal_of_80_columns() -> None:
+    whole = (1.0, 1.0)
+    result = Result(
+        task="entities", metric="json_field_f1", n=3000, base=0.123, base_ci=(0.1, 0.15), adapter=1.0, adapter_ci=whole,
+        baseline=1.0, baseline_ci=whole, core_seconds=1234.0, adapter_bytes=3 * 2**20, p50_ms=12345.0, p95_ms=23456.0,
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.table([result]))
+    said = console.file.getvalue()
+    for text in ("json_field_f1, 3000", "10.0-15.0", "100.0-100.0", "1234", "3.0", "12345", "23456"):
+        assert text in said, said
+    assert said.count("100.0-100.0") == 2 and "…" not in said

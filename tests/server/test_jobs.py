@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosted]:
 
 @pytest.fixture(scope="module")
 def trained(server: Hosted) -> dict[str, Any]:
-    return wait(server, train(server, "colour")["id"])
+    return wait(server, train(server, "colour", evaluate={"baseline": "tfidf", "input": "thing"})["id"])
 
 
 def messages(server: Hosted, job_id: str, after: str = "") -> list[dict[str, Any]]:
@@ -97,7 +97,10 @@ def test_judged_afterwards(server: Hosted, trained: dict[str, Any]) -> None:
     board = server.http.get("/api/leaderboard").json()["tasks"]
     row = next(one for one in board if one["task"] == "colour")
     assert row["base"]["score"] == result["base"] and row["adapters"][0]["ref"] == "colour/1"
-    assert row["adapters"][0]["ci"] == result["adapter_ci"] and row["adapters"][0]["train_seconds"] > 0
+    assert row["baseline"] == {"score": result["baseline"], "ci": result["baseline_ci"]}
+    judged = row["adapters"][0]
+    assert judged["ci"] == result["adapter_ci"] and 0 < judged["p50_ms"] <= judged["p95_ms"]
+    assert judged["core_seconds"] == pytest.approx(judged["train_seconds"], abs=2e-3)  # on one thread
     version = server.http.get("/api/repos/colour/versions/1").json()
     assert [one["job_id"] for one in version["evaluations"]] == [judging["id"]]
 

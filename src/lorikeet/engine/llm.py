@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Completion:
 
     `tokens` are all generated ids, a stop token or the tokens of a stop string included; `text` shows neither.
     `logprobs` has an entry for each token, `prompt_logprobs` one for each prompt token, where they were asked for.
+    `seconds` are those from the engine's taking the request to its last token.
     """
 
     text: str = ""
@@ -41,6 +43,7 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     stop: str | None = None  # the stop string that ended it
+    seconds: float = 0.0
 
 
 class LLM:
@@ -99,15 +102,19 @@ class LLM:
         sampling: Sequence[SamplingParams] | SamplingParams | None = None,
         stop: Sequence[str] | Sequence[Sequence[str]] | str | None = None,
         *,
+        concurrency: int | None = None,
         progress: bool = False,
         on_done: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Completions in the order of the prompts, all run in one mixed batch.
 
         Each of `adapters`, `sampling` and `stop` is one value for all prompts, or one for each. An adapter is a name
-        below the adapters' folder, or a PEFT folder. `on_done` hears how many more prompts are finished. The first
-        request that cannot be run raises its LorikeetError, and ends the others.
+        below the adapters' folder, or a PEFT folder. `concurrency`: so many requests are in the engine at once, None:
+        as many as its queue takes. `on_done` hears how many more prompts are finished. The first request that cannot
+        be run raises its LorikeetError, and ends the others.
         """
+        if concurrency is not None and concurrency < 1:
+            raise InvalidRequestError(f"concurrency: found {concurrency}; expected 1 or more", param="concurrency")
         count = len(prompts)
         used = self._register(_each("adapters", adapters, count, (str, type(None))))
         sampling_each = _each("sampling", SamplingParams() if sampling is None else sampling, count, (SamplingParams,))
@@ -117,7 +124,7 @@ class LLM:
         ]
         self._submitted += count
         with _reporting(progress, count) as report:
-            for finished in self._run(jobs):
+            for finished in self._run(jobs, min(concurrency or self.config.queue, self.config.queue)):
                 report(finished)
                 if on_done is not None:
                     on_done(finished)
@@ -158,14 +165,15 @@ class LLM:
         """The engine's counters and gauges."""
         return self.engine.stats()
 
-    def _run(self, jobs: Sequence[_Job]) -> Iterator[int]:
-        """Step until all jobs have ended; how many did, step by step."""
+    def _run(self, jobs: Sequence[_Job], most: int) -> Iterator[int]:
+        """Step until all jobs have ended, at most so many at once; how many did, step by step."""
         by_id: dict[str, _Job] = {}
         todo = iter(jobs)
         following = next(todo, None)
         try:
             while by_id or following is not None:
-                while following is not None and len(by_id) < self.config.queue:
+                while following is not None and len(by_id) < most:
+                    following.began = time.perf_counter()
                     self.engine.add(following.request)
                     by_id[following.request.request_id] = following
                     following = next(todo, None)
@@ -175,6 +183,7 @@ class LLM:
                     if job.push(event):
                         self.engine.cancel(event.request_id)
                     if event.finish is not None:
+                        job.completion.seconds = time.perf_counter() - job.began
                         del by_id[event.request_id]
                         finished += 1
                 if finished:
@@ -238,6 +247,7 @@ class _Job:
 
     def __init__(self, request: Request, tokenizer: Tokenizer, stops: Sequence[str], stop_ids: frozenset[int]) -> None:
         self.request = request
+        self.began = 0.0
         self.completion = Completion(prompt_tokens=len(request.tokens))
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids

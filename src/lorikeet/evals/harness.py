@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back; `latency_ms` from sending to the last token, None where it means nothing (offline)."""
+    """What came back; `latency_ms` from sending to the last token, None where nobody measured it."""
 
     text: str
     latency_ms: float | None = None
@@ -46,7 +46,10 @@ Generate = Callable[[Sequence[Job]], list[Answer]]
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """One line of the results file (formats.md); scores and intervals 0 to 1."""
+    """One line of the results file (formats.md); scores and intervals 0 to 1.
+
+    `core_seconds` are what training cost: the adapter's share of the wall time, times the cores that were held.
+    """
 
     task: str
     metric: str
@@ -56,8 +59,10 @@ class Result(msgspec.Struct, kw_only=True):
     adapter: float | None = None
     adapter_ci: tuple[float, float] | None = None
     baseline: float | None = None
+    baseline_ci: tuple[float, float] | None = None
     seed: int = 0
     train_seconds: float | None = None
+    core_seconds: float | None = None
     joint_wall_seconds: float | None = None
     adapter_bytes: int | None = None
     p50_ms: float | None = None
@@ -73,7 +78,7 @@ class Prepared:
     chats: list[list[dict[str, str]]] | None
     references: list[list[str]]
     choices: tuple[str, ...] | None
-    baseline: float | None = None
+    baseline: metrics.Scored | None = None
     answers: dict[str | None, list[Answer]] = field(default_factory=dict)
 
 
@@ -122,7 +127,7 @@ def _prepare_task(task: EvalTask, where: str, folder: Path, read_rows: ReadRows,
             [source.render(row) for row in firsts],
             seed,
         )
-        item.baseline = metrics.score(task.metric, labels, rendered).score()
+        item.baseline = metrics.score(task.metric, labels, rendered)
     return item
 
 
@@ -201,9 +206,11 @@ def _result(item: Prepared, recipe: EvalRecipe) -> Result:
         n=len(item.prompts),
         base=base.score(),
         base_ci=base.interval(recipe.seed, recipe.bootstrap),
-        baseline=item.baseline,
         seed=recipe.seed,
     )
+    if item.baseline is not None:  # the resamples of one seed are the same rows for all three
+        result.baseline = item.baseline.score()
+        result.baseline_ci = item.baseline.interval(recipe.seed, recipe.bootstrap)
     if item.task.adapter is not None:
         adapted = scored(item.task.adapter)
         result.adapter = adapted.score()

@@ -25,6 +25,8 @@ def add_training(results: Sequence[Result], adapters: Mapping[str, str | None], 
         if entry is None:
             continue
         result.train_seconds = entry["train_seconds"]
+        # the joint run holds every core, so an adapter's share of wall time is a share of all of them
+        result.core_seconds = entry["train_seconds"] * (os.cpu_count() or 1)
         result.joint_wall_seconds = summary["joint_wall_seconds"]
         result.adapter_bytes = entry["adapter_bytes"]
 
@@ -34,21 +36,17 @@ def table(results: Sequence[Result], title: str = "Base and adapters, one mixed 
 
     No wider than 80 columns, so that nothing is cut on a plain terminal.
     """
-    out = Table(title=title, box=SIMPLE_HEAD)
+    out = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     out.add_column("task\nmetric, rows", no_wrap=True)
-    for name in ("base\n95%", "adapter\n95%", "base-\nline", "core-s\nMiB", "p50 ms\np95"):
+    for name in ("base\n95%", "adapter\n95%", "baseline\n95%", "core-s\nMiB", "p50 ms\np95"):
         out.add_column(name, justify="right", no_wrap=True)
     for r in results:
         out.add_row(
             f"{r.task}\n{r.metric}, {r.n}",
             _percent(r.base, r.base_ci),
             _percent(r.adapter, r.adapter_ci),
-            _percent(r.baseline, None),
-            # the joint run holds every core, so an adapter's share of wall time is a share of all of them
-            _lines(
-                r.train_seconds and f"{r.train_seconds * (os.cpu_count() or 1):.0f}",
-                r.adapter_bytes and f"{r.adapter_bytes / 2**20:.1f}",
-            ),
+            _percent(r.baseline, r.baseline_ci),
+            _lines(r.core_seconds and f"{r.core_seconds:.0f}", r.adapter_bytes and f"{r.adapter_bytes / 2**20:.1f}"),
             _lines(r.p50_ms and f"{r.p50_ms:.0f}", r.p95_ms and f"{r.p95_ms:.0f}"),
         )
     return out
@@ -58,7 +56,7 @@ def _percent(score: float | None, interval: tuple[float, float] | None) -> str:
     if score is None:
         return "-"
     text = f"{100 * score:.1f}"
-    return text if interval is None else f"{text}\n{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+    return text if interval is None else f"{text}\n{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
 
 
 def _lines(first: str | float | None, second: str | float | None) -> str:

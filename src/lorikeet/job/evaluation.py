@@ -146,7 +146,7 @@ def _store(
     """A row for the base, and one for the adapter: the same of this job again is the one that is there."""
     metrics = {} if version is None else version.metrics or {}
     if version is not None:
-        result.train_seconds = metrics.get("train_seconds")
+        result.train_seconds, result.core_seconds = metrics.get("train_seconds"), metrics.get("core_seconds")
         result.adapter_bytes = version.bytes
     line: dict[str, Any] = msgspec.to_builtins(result)
     shared: dict[str, Any] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from lorikeet.config import JobRecipe, job_adapter
 from lorikeet.errors import ConfigError, LorikeetError
@@ -268,7 +269,8 @@ class TrainingRun:
             metrics={
                 "steps": p.step, "tokens": p.tokens, "loss": p.loss, "validation_loss": p.validation_loss,
                 "best_validation_loss": p.best_loss, "best_step": p.best_step or None, "stopped": p.stopped,
-                "train_seconds": round(p.seconds, 3), "rank": trainee.run.settings.rank,
+                "train_seconds": round(p.seconds, 3), "core_seconds": round(p.seconds * torch.get_num_threads(), 3),
+                "rank": trainee.run.settings.rank,
             },
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ from lorikeet.server.state import ServerState
 
 Json = dict[str, Any]
 EVALUATIONS = 1000  # the newest
+COSTS = ("train_seconds", "core_seconds", "p50_ms", "p95_ms")  # of a result, where they were measured
 
 
 def routes(state: ServerState, platform: Platform) -> APIRouter:
@@ -58,7 +59,7 @@ def _tasks(platform: Platform, who: Actor, task: str | None) -> list[Json]:
 def _task(platform: Platform, who: Actor, task: str, metric: str, found: list[Evaluation]) -> Json:
     """`found` newest first."""
     base = next((one for one in found if one.version_id is None), None)
-    baseline = next((one.result["baseline"] for one in found if one.result.get("baseline") is not None), None)
+    baseline = next((one.result for one in found if one.result.get("baseline") is not None), None)
     newest: dict[str, Evaluation] = {}
     for one in found:
         if one.version_id is not None:
@@ -68,7 +69,8 @@ def _task(platform: Platform, who: Actor, task: str, metric: str, found: list[Ev
     return {
         "task": task, "metric": metric, "n": found[0].n,
         "base": None if base is None else {"score": base.score, "ci": _interval(base)},
-        "baseline": None if baseline is None else {"score": baseline}, "adapters": adapters,
+        "baseline": None if baseline is None else {"score": baseline["baseline"], "ci": baseline.get("baseline_ci")},
+        "adapters": adapters,
     }  # fmt: skip
 
 
@@ -83,8 +85,8 @@ def _adapter(platform: Platform, who: Actor, one: Evaluation) -> Json | None:
         return None
     return {
         "ref": version.reference, "score": one.score, "ci": _interval(one), "n": one.n,
-        "train_seconds": one.result.get("train_seconds"), "adapter_bytes": version.bytes,
-        "p50_ms": one.result.get("p50_ms"), "evaluation": one.id, "job": one.job_id, "at": one.created,
+        **{name: one.result.get(name) for name in COSTS}, "adapter_bytes": version.bytes, "evaluation": one.id,
+        "job": one.job_id, "at": one.created,
     }  # fmt: skip
 
 
