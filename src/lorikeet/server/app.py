@@ -15,6 +15,7 @@ from lorikeet import __version__
 from lorikeet.errors import LorikeetError
 from lorikeet.server import datasets, demo, jobs, keys, leaderboard, lorax, manage, openai, pages, repositories, serving
 from lorikeet.server.auth import Access, needs, public
+from lorikeet.server.compression import CompressJson
 from lorikeet.server.predibase import routes as predibase
 from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
 from lorikeet.server.state import ServerState
@@ -35,6 +36,7 @@ def create_app(state: ServerState) -> FastAPI:
         title="Lorikeet", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
         dependencies=[Depends(access.authorise)],
     )  # fmt: skip
+    app.add_middleware(CompressJson)
     if state.config.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=state.config.cors_origins, allow_headers=["authorization", "content-type"],

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from lorikeet.server.auth import public
+from lorikeet.server.compression import SMALL, accepts, zipped
 
 UI = Path(__file__).parent.parent / "ui"
 PLACE = "ui/"  # in index.html; becomes ui/<version>/
-SMALL = 600  # bytes below which gzip gains nothing
 
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -68,8 +67,8 @@ class Asset:
 
     @classmethod
     def of(cls, content: bytes, suffix: str) -> Asset:
-        zipped = gzip.compress(content, 9, mtime=0) if len(content) >= SMALL else None
-        return cls(content, zipped, MEDIA_TYPES[suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+        small = zipped(content) if len(content) >= SMALL else None
+        return cls(content, small, MEDIA_TYPES[suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 class Pages:
@@ -108,19 +107,10 @@ def reply(request: Request, asset: Asset, caching: str) -> Response:
     if known.strip() == "*" or asset.etag in (one.strip().removeprefix("W/") for one in known.split(",")):
         return Response(status_code=304, headers=headers)
     content = asset.content
-    if asset.zipped is not None and _accepts(request.headers.get("accept-encoding", ""), "gzip"):
+    if asset.zipped is not None and accepts(request.headers.get("accept-encoding", ""), "gzip"):
         content = asset.zipped
         headers["content-encoding"] = "gzip"
     return Response(content, headers=headers | {"content-type": asset.media_type})
-
-
-def _accepts(header: str, wanted: str) -> bool:
-    """Whether a header such as `gzip;q=0.5, br` names what is wanted, with a weight above 0."""
-    for part in header.split(","):
-        name, _, weight = part.replace(" ", "").partition(";q=")
-        if name.lower() == wanted:
-            return weight.strip("0.") != "" if weight else True
-    return False
 
 
 class BrowserRoute(Route):
@@ -128,7 +118,7 @@ class BrowserRoute(Route):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         accept = next((value.decode("latin-1") for name, value in scope.get("headers", ()) if name == b"accept"), "")
-        return super().matches(scope) if _accepts(accept, "text/html") else (Match.NONE, {})
+        return super().matches(scope) if accepts(accept, "text/html") else (Match.NONE, {})
 
 
 def add_pages(app: FastAPI, pages: Pages | None = None) -> None:
