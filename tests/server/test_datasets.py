@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -87,6 +91,58 @@ def test_no_name_leads_anywhere_else(server: Hosted, name: str) -> None:
         assert server.http.delete(f"/api/datasets/{name}").status_code in (204, 404)
     else:
         assert reply.status_code == 400 and reply.json()["error"]["param"] == "name"
+
+
+def parquet(columns: dict[str, list[Any]]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    pyarrow.write_table(pytest.importorskip("pyarrow").table(columns), file)
+    return file.getvalue()
+
+
+def test_parquet(server: Hosted) -> None:
+    """Columns, nulls and nesting as they are; a look at the rows; splits drawn from them."""
+    columns = {
+        "text": [f"thing {i} 😀" for i in range(8)], "n": [*range(8)], "share": [0.5] * 7 + [None],
+        "facts": [{"colour": "red", "sizes": [i, None]} for i in range(8)],
+    }  # fmt: skip
+    made = send(server, "columnar", "rows.PARQUET", parquet(columns), shares=json.dumps({"test": 0.25}))
+    assert made.status_code == 201, made.text
+    found = server.http.get("/api/datasets/columnar").json()
+    assert found["columns"] == {"text": "text", "n": "int", "share": "float?", "facts": "object"}
+    assert {name: one["rows"] for name, one in found["splits"].items()} == {"train": 6, "test": 2}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    assert len(found["first_rows"]) == 6 and all(row in rows for row in found["first_rows"])
+    recipe = {"prompt": "{text}", "completion": " {facts | json}", "batch_rows": 2}
+    pieces = server.post("/api/datasets/columnar/preview", recipe).json()["rows"][0]["pieces"]
+    said = "".join(one["text"] for one in pieces)
+    assert "😀" in said and '"sizes"' in said and "\ufffd" not in said  # the character is several tokens
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"at": [datetime(2026, 1, 1)]}, "column 'at' holds a datetime; expected what JSON has"),
+        ({"raw": [b"x"]}, "column 'raw' holds a bytes"),
+        ({"deep": [{"list": [b"x"]}]}, "column 'deep' holds a bytes"),
+        ({"price": [Decimal("1.5")]}, "column 'price' holds a Decimal"),
+        ({"text": []}, "no rows"),
+    ],
+)
+def test_what_of_parquet_is_refused(server: Hosted, columns: dict[str, list[Any]], said: str) -> None:
+    reply = send(server, "wrong", "a.parquet", parquet(columns))
+    assert reply.status_code == 422 and said in reply.text, reply.text
+    assert server.http.get("/api/datasets/wrong").status_code == 404
+
+
+def test_parquet_that_is_none_or_cannot_be_read(server: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = parquet({"text": ["x" * 1000] * 1000})
+    broken = send(server, "wrong", "a.parquet", file[: len(file) // 2])
+    assert broken.status_code == 422 and "not a readable Parquet file" in broken.text
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    missing = send(server, "wrong", "a.parquet", file)
+    assert missing.status_code == 400 and "reading Parquet needs pyarrow" in missing.text, missing.text
+    assert "pip install" in missing.text and "/staging/" not in missing.text
 
 
 def test_refused_fields(server: Hosted) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +18,9 @@ from lorikeet.config import JobRecipe, job_adapter
 from lorikeet.errors import LorikeetError
 from lorikeet.job.orders import NICENESS
 from lorikeet.types import ErrorInfo
+
+if TYPE_CHECKING:
+    from lorikeet.model.tokenizer import Tokenizer
 
 SHOWN = 5  # rows
 
@@ -50,8 +54,7 @@ def preview(asked: Asked) -> dict[str, Any]:
     rows = []
     for example in data.train[:SHOWN]:
         learned = {i for start, stop in example.learned for i in range(start, stop)}
-        texts = [tokenizer.decode([token], skip_special_tokens=False) for token in example.tokens]
-        pieces = [{"text": text, "learned": i in learned} for i, text in enumerate(texts)]
+        pieces = [{"text": text, "learned": i in learned} for i, text in enumerate(_texts(tokenizer, example.tokens))]
         rows.append({"line": example.line, "pieces": pieces})
     return {
         "rows": rows,
@@ -63,6 +66,15 @@ def preview(asked: Asked) -> dict[str, Any]:
         },
         "labels": audit.labels,
     }  # fmt: skip
+
+
+def _texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text: a character of several tokens comes with the one that completes it."""
+    decoder = tokenizer.stream(skip_special_tokens=False)
+    texts = [decoder.push([token]) for token in tokens]
+    if texts:
+        texts[-1] += decoder.finish()
+    return texts
 
 
 def main() -> None:

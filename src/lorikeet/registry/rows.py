@@ -44,15 +44,31 @@ def _columns(split: str, rows: Iterable[Values]) -> dict[str, str]:
             if value is None:
                 kinds.setdefault(name, "")
                 continue
-            kind = _TYPES.get(type(value))
-            if kind is None:
-                raise DataError(f"{split}: row {count}: column {name!r} holds a {type(value).__name__}", param=split)
-            before = kinds.get(name)
+            foreign = _foreign(value)
+            if foreign is not None:
+                raise DataError(
+                    f"{split}: row {count}: column {name!r} holds a {foreign.__name__}; expected what JSON has, "
+                    "texts, numbers, true and false, lists, objects",
+                    hint="write it as text", param=split,
+                )  # fmt: skip
+            kind, before = _TYPES[type(value)], kinds.get(name)
             kinds[name] = kind if not before else _merge([before, kind], name, f"{split}: row {count}")
             seen[name] = seen.get(name, 0) + 1
     if not count:
         raise DataError(f"{split}: no rows", hint="expected at least one", param=split)
     return {name: (kind or "text") + ("?" if seen.get(name, 0) < count else "") for name, kind in kinds.items()}
+
+
+def _foreign(value: Any) -> type | None:
+    """The type of what JSON has nothing for, in a value or anywhere below it: Parquet has times, bytes, decimals."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, list | dict):
+            waiting += one.values() if isinstance(one, dict) else one
+        elif one is not None and type(one) not in _TYPES:
+            return type(one)
+    return None
 
 
 def _merge(kinds: Sequence[str], name: str, where: str) -> str:
