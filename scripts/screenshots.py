@@ -4,6 +4,8 @@
     python scripts/screenshots.py --prepare        # trains some of the demo's adapters first, and waits for them
     python scripts/screenshots.py                  # of whatever the server has
 
+The last one, of Access, makes keys: from then on the server asks for one, which $LORIKEET_API_KEY holds.
+
 Needs Debian's chromium (scripts/install_chromium.sh) and `pip install -e '.[dev]'`.
 """
 
@@ -26,11 +28,12 @@ TASKS = ("intent", "calls", "sentiment")
 PROMPT = "Customer: my suitcase never came out in Athens\nIntent:"
 WAIT = 60_000  # ms
 ENDED = ("completed", "errored", "canceled")
+HEADERS = {"content-type": "application/json"}
 
 
 def call(url: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"content-type": "application/json"})) as reply:
+    with urllib.request.urlopen(urllib.request.Request(url, data, HEADERS)) as reply:
         return json.load(reply)
 
 
@@ -114,6 +117,24 @@ def leaderboard(page: Page, url: str) -> None:
     page.get_by_label("Everything").check()
 
 
+def use_key(secret: str) -> None:
+    HEADERS["authorization"] = f"Bearer {secret}"
+
+
+def access(page: Page, url: str, names: list[str]) -> None:
+    """With an admin's key, and some of others beside it."""
+    if "authorization" not in HEADERS:
+        use_key(call(f"{url}/api/keys", {"name": "operations", "role": "admin"})["secret"])
+        call(f"{url}/api/users", {"name": "grace", "role": "trainer", "email": "grace@example.com"})
+        call(f"{url}/api/keys", {"name": "grace-laptop", "role": "trainer", "user": "grace", "expires_in": 90 * 86_400})
+        limits = {"requests_per_minute": 600, "tokens_per_day": 5_000_000}
+        call(f"{url}/api/keys", {"name": "support-desk", "role": "user", "repositories": names[:2], **limits})
+    secret = HEADERS["authorization"].removeprefix("Bearer ")
+    page.add_init_script(f"sessionStorage.setItem('lorikeet.key', {json.dumps(secret)})")
+    page.goto(f"{url}/#/access")
+    expect(page.get_by_role("table", name="Keys")).to_be_visible(timeout=WAIT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Take the pictures of the README.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
@@ -122,6 +143,8 @@ def main() -> None:
     parser.add_argument("--only", help="take this picture alone, such as serving")
     asked = parser.parse_args()
     url = asked.url.rstrip("/")
+    if os.environ.get("LORIKEET_API_KEY"):
+        use_key(os.environ["LORIKEET_API_KEY"])
     if asked.prepare:
         prepare(url)
     names = [
@@ -138,6 +161,7 @@ def main() -> None:
         "adapters": lambda page: adapters(page, url, names[0]),
         "serving": lambda page: serving(page, url, names, asked.seconds),
         "leaderboard": lambda page: leaderboard(page, url),
+        "access": lambda page: access(page, url, names),
     }
     dark_and_narrow = {"playground", "runs"}
     OUTPUT.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ Json = dict[str, Any]
 ATTACK = """'"><img src=x onerror="window.hacked=1"><script>window.hacked=1</script><b id=hacked>${7*7}"""
 NOW = 1_760_000_000.0
 KEY = "lk-right"
+SECRET = "lk_" + "s" * 43
 
 
 class Stub:
@@ -37,6 +38,17 @@ class Stub:
         self.asked: list[tuple[str, str, Any]] = []
         self.jobs = [] if mode == "empty" else [self.job(i, state) for i, state in enumerate(STATES)]
         self.repos = [] if mode == "empty" else [self.repo("intent", 3, "production"), self.repo("sentiment", 1, None)]
+        self.me: Json = {"tenant": "default", "role": "admin", "name": self.say("ada"), "key": None, "operator": True}
+        self.tenants = [{"id": name, "name": name, "created": NOW} for name in ("default", self.say("others"))]
+        self.users: list[Json] = []
+        self.keys: list[Json] = []
+        if mode != "empty":
+            self.users = [{"id": "u1", "name": self.say("grace"), "role": "trainer", "email": self.say("g@example.com"),
+                           "created": NOW, "disabled": None}]  # fmt: skip
+            self.keys = [
+                self.key("root", role="admin"), self.key("gone", revoked=NOW),
+                self.key("ci", user_id="u1", repositories=["intent"], requests_per_minute=60, tokens_per_day=100_000),
+            ]  # fmt: skip
 
     def say(self, text: str) -> str:
         """What a text field holds."""
@@ -140,12 +152,24 @@ class Stub:
     def leaderboard(self) -> list[Json]:
         say = self.say
         task = {"task": say("intent"), "metric": say("accuracy"), "n": 300, "base": {"score": 0.31, "ci": [0.26, 0.36]},
-                "baseline": {"score": 0.842},
+                "baseline": {"score": 0.842, "ci": [0.8, 0.88]},
                 "adapters": [{"ref": say("intent/2"), "score": 0.912, "ci": [0.88, 0.94], "train_seconds": 84.2,
-                              "adapter_bytes": 3_300_000, "p50_ms": 41.0},
+                              "core_seconds": 168.4, "adapter_bytes": 3_300_000, "p50_ms": 41.0, "p95_ms": 73.0},
                              {"ref": say("intent/1"), "score": 0.33, "ci": [0.28, 0.39], "train_seconds": 20.0,
                               "adapter_bytes": 3_300_000, "p50_ms": 40.0}]}  # fmt: skip
         return [] if self.mode == "empty" else [task, task | {"task": say("sentiment"), "baseline": None}]
+
+    def key(self, name: str, **fields: Any) -> Json:
+        made = {"id": f"key-{name}", "name": self.say(name), "prefix": "lk_abcdefg", "role": "user", "user_id": None,
+                "repositories": None, "requests_per_minute": None, "tokens_per_day": None, "created": NOW,
+                "created_by": self.say("ada"), "expires": None, "last_used": NOW, "revoked": None,
+                "today": {"requests": 12, "tokens": 3400}}  # fmt: skip
+        return made | fields
+
+    def change(self, i: int) -> Json:
+        say = self.say
+        return {"id": i, "at": NOW + i, "actor": say("key:root"), "action": "key.create", "subject_id": f"key-{i}",
+                "subject": say(f"ci-{i}"), "details": {"prefix": say("lk_abcdefg"), "role": "user"}}  # fmt: skip
 
     def tokens(self, prompt: str) -> list[str]:
         return [" card", " arr", "ival", self.say("\n"), " of", " ", prompt[-6:], "."]
@@ -170,6 +194,7 @@ def make_app(stub: Stub) -> FastAPI:
         return answer
 
     _add_people(app, stub)
+    _add_access(app, stub)
     _add_repositories(app, stub)
     _add_datasets(app, stub)
     _add_jobs(app, stub)
@@ -185,18 +210,66 @@ def page(items: list[Json]) -> Json:
 def _add_people(app: FastAPI, stub: Stub) -> None:
     @app.get("/api/me")
     def me() -> Json:
-        return {
-            "tenant": "default",
-            "role": "admin",
-            "name": stub.say("ada"),
-            "key": None,
-            "needs_key": stub.mode == "locked",
-        }
+        return {"needs_key": stub.mode == "locked", **stub.me}
 
     @app.get("/api/info")
     def info() -> Json:
         base = {"name": stub.say("lorikeet-nano"), "parameters": 29_000_000, "context": 1024}
         return {"version": "0.1.0", "base": base, "device": "cpu", "dtype": stub.say("bfloat16"), "home": "~"}
+
+
+def _add_access(app: FastAPI, stub: Stub) -> None:
+    @app.get("/api/keys")
+    def keys() -> Json:
+        return page(stub.keys)
+
+    @app.post("/api/keys")
+    async def create_key(request: Request) -> Json:
+        body = await request.json()
+        stub.keys.insert(0, stub.key(body["name"], role=body["role"], repositories=body["repositories"]))
+        return stub.keys[0] | {"secret": SECRET}
+
+    @app.patch("/api/keys/{key}")
+    async def grant(key: str, request: Request) -> Json:
+        found = next(one for one in stub.keys if one["id"] == key)
+        found["repositories"] = (await request.json())["repositories"]
+        return found
+
+    @app.delete("/api/keys/{key}")
+    def revoke(key: str) -> Json:
+        found = next(one for one in stub.keys if one["id"] == key)
+        found["revoked"] = NOW
+        return found
+
+    @app.get("/api/users")
+    def users() -> Json:
+        return page(stub.users)
+
+    @app.post("/api/users")
+    async def create_user(request: Request) -> Json:
+        stub.users.append({"id": "u2", "created": NOW, "disabled": None, **await request.json()})
+        return stub.users[-1]
+
+    @app.patch("/api/users/{name}")
+    async def change_user(name: str, request: Request) -> Json:
+        found = next(one for one in stub.users if one["name"] == name)
+        found["disabled"] = NOW if (await request.json())["disabled"] else None
+        return found
+
+    @app.get("/api/tenants")
+    def tenants() -> Json:
+        return page(stub.tenants)
+
+    @app.post("/api/tenants")
+    async def create_tenant(request: Request) -> Json:
+        stub.tenants.append({"id": "t3", "created": NOW, **await request.json()})
+        return stub.tenants[-1]
+
+    @app.get("/api/audit")
+    def audit(subject_id: str = "", action: str = "", after: int = 0) -> Json:
+        found = [stub.change(i) for i in range(60, 0, -1) if not after or i < after]
+        found = [one for one in found if subject_id in ("", one["subject_id"]) and action in ("", one["action"])]
+        return {"items": found[:50], "next": str(found[49]["id"]) if len(found) > 50 else None}
 
 
 def _add_repositories(app: FastAPI, stub: Stub) -> None:
@@ -282,7 +355,7 @@ def _add_jobs(app: FastAPI, stub: Stub) -> None:
         return page([line for line in stub.lines(int(job[3:])) if line["id"] > after])
 
     @app.get("/api/jobs/{job}/stream")
-    def job_stream(job: str) -> StreamingResponse:
+    def job_stream(job: str, after: str = "0.0.0") -> StreamingResponse:
         i = int(job[3:])
 
         async def messages() -> AsyncIterator[str]:
@@ -291,7 +364,8 @@ def _add_jobs(app: FastAPI, stub: Stub) -> None:
             for one in stub.events(i):
                 yield sse({"type": "event", **one})
             for one in stub.lines(i):
-                yield sse({"type": "metric", **one})
+                if one["id"] > int(after.split(".")[1]):
+                    yield sse({"type": "metric", **one})
             yield sse({"type": "log", "text": stub.say("2026-01-01 training\n")})
             while found["state"] == "running":
                 await asyncio.sleep(0.05)

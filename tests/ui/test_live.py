@@ -11,8 +11,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from playwright.sync_api import Browser, Page, expect
+from pyarrow import parquet
 from tests.ui.conftest import Open, violations
 
 from lorikeet.data.formats import READERS, Row
@@ -27,8 +29,8 @@ PROMPT = "Text: The room was clean and the staff were kind.\nLabel:"
 def trained(live_url: str, browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of a server whose adapter reviews/1 was trained by way of the page."""
     rows = [row.values for row in READERS[".jsonl"](DATA) if isinstance(row, Row)][:ROWS]
-    file = tmp_path_factory.mktemp("rows") / "reviews.jsonl"
-    file.write_text("".join(json.dumps({"text": row["text"], "label": row["label"]}) + "\n" for row in rows))
+    file = tmp_path_factory.mktemp("rows") / "reviews.parquet"
+    parquet.write_table(pyarrow.table({name: [row[name] for row in rows] for name in ("text", "label")}), file)
     page = browser.new_page()
     page.set_default_timeout(30_000)
     try:

@@ -21,6 +21,7 @@ ROUTES = {
     "adapters/intent": "intent",
     "serving": "Serving",
     "leaderboard": "Leaderboard",
+    "access": "Access",
 }
 
 
@@ -236,6 +237,25 @@ def test_tokens_are_cut_where_the_server_says_even_within_characters(open_page: 
     assert [one["text"] for one in run(page, "tokens.js", "readTokens", choice)] == ["", "😀", "é", "!"]
 
 
+def test_characters_of_several_tokens_in_a_chat(open_page: Open, stub_urls: Urls) -> None:
+    """The server calls a part of one U+FFFD; the page shows the character once it is whole, whatever chunk that is."""
+    page = open_page(stub_urls("plain"))
+    part = {"token": "\ufffd", "logprob": -1.0}
+    chunks = [[b"\xf0\x9f", b"\x98"], [b"\x80", b"!"]]
+    tokens = [[part | {"bytes": [*raw], "top_logprobs": [part | {"bytes": [*raw]}]} for raw in one] for one in chunks]
+    choices = [{"logprobs": {"content": one}} for one in tokens]
+    source = page.locator("script[type=module]").get_attribute("src") or ""
+    found = page.evaluate(
+        """([url, choices]) => import(new URL(url, document.baseURI)).then(({ readTokens }) => {
+            const decoder = new TextDecoder();
+            return choices.flatMap((choice) => readTokens(choice, decoder));
+        })""",
+        [source.replace("app.js", "tokens.js"), choices],
+    )
+    assert [one["text"] for one in found] == ["", "", "😀", "!"]
+    assert found[0]["name"] == found[0]["top"][0][0] == "bytes:\\xf0\\x9f"
+
+
 def test_where_held_out_loss_turned(open_page: Open, stub_urls: Urls) -> None:
     page = open_page(stub_urls("plain"))
     turned = [[1, 2.0], [2, 1.0], [3, 1.1], [4, 1.3]]
@@ -319,6 +339,9 @@ def test_the_leaderboard_says_what_is_better_beyond_chance(open_page: Open, stub
     page.get_by_label("Everything").check()
     rows = page.get_by_role("table", name="Results of intent").get_by_role("row")
     expect(rows).to_contain_text(["Model", "above the base", "not told from the base", "84.2%", "31.0%"])
+    expect(rows.nth(1)).to_contain_text("168")
+    expect(rows.nth(1)).to_contain_text("73 ms")
+    expect(rows.nth(3)).to_contain_text("80.0% to 88.0%")
 
 
 def test_a_visit_stays_within_its_budget(open_page: Open, stub_urls: Urls) -> None:

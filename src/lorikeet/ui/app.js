@@ -3,6 +3,7 @@
 import { NEEDS_KEY, get, key, useGet } from "./api.js";
 import { Fragment, html, render, useEffect, useRef, useState } from "./html.js";
 import { Check, Dialog, Input, Problem } from "./parts.js";
+import { Access, manages } from "./access.js";
 import { Adapters, Repository } from "./adapters.js";
 import { Leaderboard } from "./leaderboard.js";
 import { NewRun } from "./newrun.js";
@@ -18,6 +19,7 @@ const PAGES = [
   ["serving", "Serving"],
   ["leaderboard", "Leaderboard"],
 ];
+const ACCESS = ["access", "Access"]; // for those who manage keys
 
 /** `#/runs/7f3a?with=1` -> {parts: ["runs", "7f3a"], query}. */
 function place() {
@@ -32,7 +34,7 @@ function place() {
   return { parts: parts.length ? parts : ["playground"], query: new URLSearchParams(query) };
 }
 
-function shown({ parts: [page, id], query }) {
+function shown({ parts: [page, id], query }, me) {
   if (page === "playground") return html`<${Playground} query=${query} />`;
   if (page === "runs" && id === "new") return html`<${NewRun} query=${query} />`;
   if (page === "runs" && id) return html`<${Run} key=${id} id=${id} />`;
@@ -41,6 +43,7 @@ function shown({ parts: [page, id], query }) {
   if (page === "adapters") return html`<${Adapters} />`;
   if (page === "serving") return html`<${Serving} />`;
   if (page === "leaderboard") return html`<${Leaderboard} />`;
+  if (page === "access") return html`<${Access} me=${me.data} onMe=${me.reload} />`;
   return html`<h1 tabindex="-1">There is no such page</h1><p>The pages are named above.</p>`;
 }
 
@@ -110,7 +113,7 @@ function App() {
   }, [me.data]);
   const where = at.parts.join("/");
   useEffect(() => {
-    const title = PAGES.find(([name]) => name === at.parts[0])?.[1] ?? "Not found";
+    const title = [...PAGES, ACCESS].find(([name]) => name === at.parts[0])?.[1] ?? "Not found";
     document.title = `${title} · Lorikeet`;
     if (!first.current) (main.current.querySelector("h1") ?? main.current).focus();
     first.current = false;
@@ -132,7 +135,7 @@ function App() {
       <header class="top">
         <a class="brand" href="#/playground"><svg viewBox="0 0 16 16" aria-hidden="true"><path fill="var(--accent)" d="M2 2h3v9h9v3H2z M7 2h7v7h-3V5H7z" /></svg>Lorikeet</a>
         <nav aria-label="Pages">
-          ${PAGES.map(([name, title]) => html`<a href=${`#/${name}`} aria-current=${at.parts[0] === name ? "page" : null}>${title}</a>`)}
+          ${(manages(me.data) ? [...PAGES, ACCESS] : PAGES).map(([name, title]) => html`<a href=${`#/${name}`} aria-current=${at.parts[0] === name ? "page" : null}>${title}</a>`)}
         </nav>
         <div class="end">
           ${info.data ? html`<span class="base" title="The base model of this server">${info.data.base.name}</span>` : null}
@@ -140,7 +143,7 @@ function App() {
           <button type="button" class="small" onClick=${nextTheme}>Theme: ${theme}</button>
         </div>
       </header>
-      <main id="main" tabindex="-1" ref=${main} key=${turn}>${shown(at)}</main>
+      <main id="main" tabindex="-1" ref=${main} key=${turn}>${shown(at, me)}</main>
       ${asking ? html`<${KeyDialog} onDone=${known} onClose=${() => setAsking(false)} />` : null}
     <//>`;
 }

@@ -5,6 +5,7 @@ import { useEffect, useRef, useState } from "./html.js";
 
 const TURN = 1.02; // held-out loss this many times its least counts as worse
 const AGAIN = 1500; // ms between two looks at a run that goes on
+const MOST = 1000; // metrics lines of one answer
 
 export const ENDED = ["completed", "errored", "canceled"];
 export const isOver = (state) => ENDED.includes(state);
@@ -54,19 +55,13 @@ export function useLines(jobs) {
       lines.current.set(id, own);
       while (!controller.signal.aborted) {
         const over = isOver(states.current[id]);
-        let items;
-        try {
-          ({ items } = await get(path`api/jobs/${id}/metrics?after=${after}&limit=1000`, { signal: controller.signal }));
-        } catch {
-          items = [];
-        }
-        own.push(...items);
-        if (items.length) {
+        const items = await linesOf(id, after, controller.signal).catch(() => null);
+        if (items?.length) {
+          own.push(...items);
           after = items.at(-1).id;
           redraw((turn) => turn + 1);
         }
-        if (items.length === 1000) continue;
-        if (over) return;
+        if (over && items) return;
         await new Promise((done) => setTimeout(done, AGAIN));
       }
     };
@@ -74,6 +69,16 @@ export function useLines(jobs) {
     return () => controller.abort();
   }, [ids]);
   return lines.current;
+}
+
+/** The metrics lines behind the one with this id, a thousand at a time. */
+async function linesOf(id, after, signal) {
+  const lines = [];
+  for (;;) {
+    const { items } = await get(path`api/jobs/${id}/metrics?after=${lines.at(-1)?.id ?? after}&limit=${MOST}`, { signal });
+    lines.push(...items);
+    if (items.length < MOST) return lines;
+  }
 }
 
 /** Everything of one job as it comes: {job, events, lines, log, error}. Goes on by itself when the connection is lost. */
@@ -94,9 +99,11 @@ export function useJob(id) {
       while (!signal.aborted) {
         try {
           now.job = await get(path`api/jobs/${id}`, { signal });
-          Object.assign(now, { events: [], lines: [], log: "", error: null });
+          const lines = await linesOf(id, 0, signal); // zipped, as a stream is not
+          Object.assign(now, { events: [], lines, log: "", error: null });
           soon();
-          for await (const message of stream("GET", path`api/jobs/${id}/stream`, undefined, { signal })) {
+          const cursor = `0.${lines.at(-1)?.id ?? 0}.0`; // all events, the lines that come, the whole log
+          for await (const message of stream("GET", path`api/jobs/${id}/stream?after=${cursor}`, undefined, { signal })) {
             take(now, message);
             soon();
           }

@@ -58,6 +58,14 @@ export function Input({ label, hint, value, onValue, class: extra, ...more }) {
     <//>`;
 }
 
+/** One of many. `options`: [value, label][]. */
+export function Select({ label, hint, options, value, onValue, class: extra }) {
+  return html`
+    <${Field} label=${label} hint=${hint} class=${extra}>
+      ${(id) => html`<select id=${id} value=${value} onChange=${(event) => onValue(event.currentTarget.value)}>${options.map(([one, title]) => html`<option value=${one} selected=${one === value}>${title}</option>`)}</select>`}
+    <//>`;
+}
+
 /** One of a few: radio buttons that look like one control. `options`: [value, label][]. */
 export function Choice({ label, options, value, onValue }) {
   const name = useId();

@@ -52,6 +52,7 @@ function useAnswers() {
 
   const ask = async (form, model, signal) => {
     const answer = { status: "running", text: "", tokens: [], times: [], asked: performance.now() };
+    const decoder = new TextDecoder();
     answers.current.set(model, answer);
     try {
       const { route, body } = requestOf(form, model);
@@ -61,7 +62,7 @@ function useAnswers() {
         if (!choice) continue;
         const text = choice.text ?? choice.delta?.content ?? "";
         answer.text += text;
-        answer.tokens.push(...readTokens(choice));
+        answer.tokens.push(...readTokens(choice, decoder));
         if (text) answer.times.push(performance.now());
         answer.finish = choice.finish_reason ?? answer.finish;
         soon();

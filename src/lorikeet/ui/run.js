@@ -52,7 +52,7 @@ function Judged({ job }) {
   const rows = (job.result?.results ?? []).flatMap((one) => [
     { task: one.task, metric: one.metric, n: one.n, name: "base", score: one.base, ci: one.base_ci },
     ...(one.adapter === null || one.adapter === undefined ? [] : [{ task: one.task, metric: one.metric, n: one.n, name: one.adapter_reference, score: one.adapter, ci: one.adapter_ci }]),
-    ...(one.baseline === null || one.baseline === undefined ? [] : [{ task: one.task, metric: one.metric, n: one.n, name: "classical baseline", score: one.baseline }]),
+    ...(one.baseline === null || one.baseline === undefined ? [] : [{ task: one.task, metric: one.metric, n: one.n, name: "classical baseline", score: one.baseline, ci: one.baseline_ci }]),
   ]);
   if (!rows.length) return html`<p class="muted">${isOver(job.state) ? "It came to no result." : "The scores come at its end."}</p>`;
   return html`<${Table} caption="Scores" rows=${rows} columns=${[

@@ -4,13 +4,23 @@
 import { percent } from "./format.js";
 import { html, useRef, useState } from "./html.js";
 
-/** The tokens that one chunk of either route brings: [{text, logprob, top: [[text, logprob]]}]. */
-export function readTokens(choice) {
+/** A token of the chat route as the vocabulary spells it: its bytes where it is no whole character. */
+function spelled({ token, bytes }) {
+  if (!bytes?.length || !token.includes("\ufffd")) return token;
+  return `bytes:${bytes.map((one) => `\\x${one.toString(16).padStart(2, "0")}`).join("")}`;
+}
+
+/**
+ * The tokens that one chunk of either route brings: [{text, name, logprob, top: [[name, logprob]]}]. A character of
+ * several tokens is the text of the last of them; `decoder` keeps its beginning from one chunk to the next.
+ */
+export function readTokens(choice, decoder = new TextDecoder()) {
   const found = choice.logprobs;
   if (!found) return [];
   if (found.content) {
     return found.content.map((one) => ({
-      text: one.token, logprob: one.logprob, top: one.top_logprobs.map((other) => [other.token, other.logprob]),
+      text: one.bytes?.length ? decoder.decode(Uint8Array.from(one.bytes), { stream: true }) : one.token,
+      name: spelled(one), logprob: one.logprob, top: one.top_logprobs.map((other) => [spelled(other), other.logprob]),
     }));
   }
   const ends = [...found.text_offset.slice(1), null];
@@ -19,7 +29,7 @@ export function readTokens(choice) {
   return found.tokens.map((name, i) => {
     const broken = name.startsWith("bytes:"); // a part of a character: its text comes with the part that ends it
     const text = broken ? characters.slice(found.text_offset[i] - start, ends[i] === null ? undefined : ends[i] - start).join("") : name;
-    return { text, logprob: found.token_logprobs[i], top: Object.entries(found.top_logprobs[i] ?? {}) };
+    return { text, name, logprob: found.token_logprobs[i], top: Object.entries(found.top_logprobs[i] ?? {}) };
   });
 }
 
@@ -30,15 +40,15 @@ function Odds({ token, box }) {
   const left = Math.max(6, Math.min(box.left, window.innerWidth - width - 8));
   const above = box.bottom > window.innerHeight - 190;
   const place = above ? { left: `${left}px`, bottom: `${window.innerHeight - box.top + 6}px` } : { left: `${left}px`, top: `${box.bottom + 6}px` };
-  const known = token.top.some(([text]) => text === token.text);
-  const rows = (known ? token.top : [[token.text, token.logprob], ...token.top]).toSorted((a, b) => b[1] - a[1]);
+  const known = token.top.some(([name]) => name === token.name);
+  const rows = (known ? token.top : [[token.name, token.logprob], ...token.top]).toSorted((a, b) => b[1] - a[1]);
   return html`
     <div class="odds" role="tooltip" style=${place}>
       <table>
         <tbody>
-          ${rows.map(([text, logprob]) => html`
-            <tr class=${text === token.text ? "taken" : ""}>
-              <td>${visible(text)}</td>
+          ${rows.map(([name, logprob]) => html`
+            <tr class=${name === token.name ? "taken" : ""}>
+              <td>${visible(name)}</td>
               <td class="number">${percent(Math.exp(logprob))}</td>
               <td class="barcell"><span class="bar" style=${{ width: `${100 * Math.exp(logprob)}%` }}></span></td>
             </tr>`)}
@@ -67,10 +77,10 @@ export function Tokens({ tokens, label }) {
         const p = Math.exp(token.logprob);
         return html`<span
           key=${i} class="token" role="button" tabindex=${i === at ? 0 : -1} style=${{ "--p": p.toFixed(3) }}
-          aria-label=${`${visible(token.text)} ${percent(p)}`}
+          aria-label=${`${visible(token.text || token.name)} ${percent(p)}`}
           onMouseEnter=${(event) => show(i, event.currentTarget)}
           onFocus=${(event) => { setAt(i); show(i, event.currentTarget); }}
-          onBlur=${() => setShown(null)}>${token.text.replaceAll("\n", "") ? token.text : html`<span class="glyph">⏎</span>${token.text}`}</span>`;
+          onBlur=${() => setShown(null)}>${/^\n+$/.test(token.text) ? html`<span class="glyph">⏎</span>${token.text}` : token.text}</span>`;
       })}
       ${shown && tokens[shown.i] ? html`<${Odds} token=${tokens[shown.i]} box=${shown.box} />` : null}
     </span>`;
