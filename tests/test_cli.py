@@ -1,13 +1,31 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import typer
 from tests.adapters.servers import file_server, publish
+from typer.models import CommandInfo
+from typer.testing import CliRunner
 
-COMMANDS = ["serve", "train", "eval", "demo", "pretrain", "simulate", "bench"]
+from lorikeet.cli import app
+
+
+def commands(group: typer.Typer, *path: str) -> Iterator[tuple[tuple[str, ...], CommandInfo]]:
+    """Every command with the words that call it."""
+    for one in group.registered_commands:
+        assert one.callback is not None
+        yield (*path, one.name or one.callback.__name__), one
+    for inner in group.registered_groups:
+        assert inner.typer_instance is not None and inner.name is not None
+        yield from commands(inner.typer_instance, *path, inner.name)
+
+
+COMMANDS = dict(commands(app))
 
 
 def lorikeet(
@@ -23,19 +41,21 @@ def lorikeet(
     )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_examples(command: str) -> None:
-    result = lorikeet(command, "--help")
-    assert result.returncode == 0
-    assert "Examples" in result.stdout
-    assert f"lorikeet {command}" in result.stdout
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_explains_everything_and_has_examples(path: tuple[str, ...]) -> None:
+    command = COMMANDS[path]
+    said = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"})
+    assert said.exit_code == 0 and "Examples" in said.stdout
+    assert (command.epilog or "").count(f"lorikeet {' '.join(path)}") >= 1
+    assert command.callback is not None and (command.callback.__doc__ or "").endswith((".", "?"))
+    for name, parameter in signature(command.callback, eval_str=True).parameters.items():
+        (told,) = get_args(parameter.annotation)[1:]
+        assert told.help, f"{name} is not explained"
 
 
-@pytest.mark.parametrize("command", ["merge", "fuse", "import-pyreft"])
-def test_help_of_what_is_done_to_adapters_has_examples(command: str) -> None:
-    result = lorikeet("adapters", command, "--help")
-    assert result.returncode == 0
-    assert f"lorikeet adapters {command}" in result.stdout
+def test_the_program_itself_says_what_there_is() -> None:
+    result = lorikeet("--help")
+    assert result.returncode == 0 and all(path[0] in result.stdout for path in COMMANDS)
 
 
 def test_adapters_of_the_hub_are_merged(adapters: Callable[..., list[Path]], tmp_path: Path) -> None:

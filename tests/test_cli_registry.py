@@ -13,8 +13,6 @@ from typer.testing import CliRunner
 from lorikeet.cli import app
 from lorikeet.errors import LorikeetError
 
-REGISTRY = ["ls", "show", "import", "export", "diff", "rm", "alias", "collect"]
-
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
@@ -34,17 +32,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 @pytest.fixture
 def folders(adapters: Callable[..., list[Path]]) -> list[Path]:
     return adapters("llama", 2)
-
-
-@pytest.mark.parametrize("command", REGISTRY)
-def test_help_has_examples(command: str, run: Callable[..., str]) -> None:
-    output = run("adapters", command, "--help")
-    assert "Examples" in output and f"lorikeet adapters {command}" in output
-
-
-@pytest.mark.parametrize("command", ["add", "ls", "show", "rm"])
-def test_help_of_datasets_has_examples(command: str, run: Callable[..., str]) -> None:
-    assert f"lorikeet datasets {command}" in run("datasets", command, "--help")
 
 
 def test_adapters(run: Callable[..., str], folders: list[Path], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def logs(
             after = part["next"]
 
 
-@jobs_app.command()
+@jobs_app.command(epilog="[bold]Examples[/]\n\nlorikeet jobs cancel 1f3a")
 def cancel(job: JobArgument, url: UrlOption = URL, api_key: KeyOption = None) -> None:
     """Stop a job; it writes a checkpoint, from which `resume` goes on."""
     with _client(url, api_key) as client:
@@ -116,7 +116,7 @@ def cancel(job: JobArgument, url: UrlOption = URL, api_key: KeyOption = None) ->
         typer.echo(f"{found['id']} is {found['state']}")
 
 
-@jobs_app.command()
+@jobs_app.command(epilog="[bold]Examples[/]\n\nlorikeet jobs resume 1f3a")
 def resume(job: JobArgument, url: UrlOption = URL, api_key: KeyOption = None) -> None:
     """Queue a job again that failed or was canceled; it goes on from its last checkpoint."""
     with _client(url, api_key) as client:

@@ -6,12 +6,12 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorikeet.cli_flags import one_of
+from lorikeet.cli_flags import one_of, with_flags
+from lorikeet.cli_home import CatalogFlags, local_actor, opened
 from lorikeet.errors import ConfigError, NotFoundError
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ keys_app = typer.Typer(
     help="Make, list, confine and revoke the keys of a home.", no_args_is_help=True, rich_markup_mode="rich"
 )
 
-HomeOption = Annotated[
-    Path | None, typer.Option(envvar="LORIKEET_HOME", help="The home of the server; default: ~/.lorikeet.")
-]
-CatalogOption = Annotated[
-    str | None, typer.Option(envvar="LORIKEET_CATALOG", help="postgresql:// URL, where the server has one.")
-]
 TenantOption = Annotated[str | None, typer.Option(help="The tenant whose keys they are; default: the first one.")]
 
 SHOWN = 8  # characters of an id in a table
@@ -40,6 +34,7 @@ SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
     "lorikeet keys create ci --role trainer --repository intent --expires-in 90d\n\n"
     "export LORIKEET_API_KEY=$(lorikeet keys create app --requests-per-minute 600 --tokens-per-day 2000000)",
 )
+@with_flags
 def create_key(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
     role: Annotated[
@@ -55,13 +50,13 @@ def create_key(
     ] = None,
     user: Annotated[str | None, typer.Option(help="Whose key it is: it ends when that user is disabled.")] = None,
     tenant: TenantOption = None,
-    home: HomeOption = None,
-    catalog: CatalogOption = None,
+    *,
+    home: CatalogFlags,
 ) -> None:
     """Make a key. It is printed this once, on standard output; the home keeps a hash of it."""
     chosen = one_of(role, "--role", "admin", "trainer", "user")
-    with _opened(home, catalog, tenant) as (opened, who):
-        key, secret = opened.keys.create(
+    with _opened(home, tenant) as (catalog, who):
+        key, secret = catalog.keys.create(
             who, name, chosen, user=user, repositories=repository or None,
             expires=None if expires_in is None else time.time() + _seconds(expires_in),
             requests_per_minute=requests_per_minute, tokens_per_day=tokens_per_day,
@@ -70,22 +65,23 @@ def create_key(
     typer.echo(secret)
 
 
-@keys_app.command(name="ls")
+@keys_app.command(name="ls", epilog="[bold]Examples[/]\n\nlorikeet keys ls\n\nlorikeet keys ls --tenant acme --json")
+@with_flags
 def list_keys(
     as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
     tenant: TenantOption = None,
-    home: HomeOption = None,
-    catalog: CatalogOption = None,
+    *,
+    home: CatalogFlags,
 ) -> None:
     """List keys, newest first: what each may do, what it used today, and whether it still opens anything."""
     import msgspec
     from rich.console import Console
     from rich.table import Table
 
-    with _opened(home, catalog, tenant) as (opened, who):
-        keys = opened.keys.all(who)
-        grants = {key.id: opened.keys.grants(who, key.id) for key in keys}
-        used = {key.id: sum(day.tokens for day in opened.keys.usage(key.id)) for key in keys}
+    with _opened(home, tenant) as (catalog, who):
+        keys = catalog.keys.all(who)
+        grants = {key.id: catalog.keys.grants(who, key.id) for key in keys}
+        used = {key.id: sum(day.tokens for day in catalog.keys.usage(key.id)) for key in keys}
     if as_json:
         listed = [
             msgspec.to_builtins(key) | {"repositories": grants[key.id], "tokens_today": used[key.id]} for key in keys
@@ -103,53 +99,48 @@ def list_keys(
     Console().print(table)
 
 
-@keys_app.command(name="revoke")
+@keys_app.command(name="revoke", epilog="[bold]Examples[/]\n\nlorikeet keys revoke ci\n\nlorikeet keys revoke 3f2a91c0")
+@with_flags
 def revoke_key(
     key: Annotated[str, typer.Argument(help="Its id as listed, or its name.")],
     tenant: TenantOption = None,
-    home: HomeOption = None,
-    catalog: CatalogOption = None,
+    *,
+    home: CatalogFlags,
 ) -> None:
     """Let a key open nothing any more, from the next request on."""
-    with _opened(home, catalog, tenant) as (opened, who):
-        revoked = opened.keys.revoke(who, _find(opened, who, key).id)
+    with _opened(home, tenant) as (catalog, who):
+        revoked = catalog.keys.revoke(who, _find(catalog, who, key).id)
     typer.echo(f"{revoked.name} ({revoked.id}) is revoked")
 
 
 @keys_app.command(
     name="grant", epilog="[bold]Examples[/]\n\nlorikeet keys grant ci intent slots\n\nlorikeet keys grant ci --all"
 )
+@with_flags
 def grant_repositories(
     key: Annotated[str, typer.Argument(help="Its id as listed, or its name.")],
     repositories: Annotated[list[str] | None, typer.Argument(help="Exactly those it may use from now on.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All repositories, later ones too.")] = False,
     tenant: TenantOption = None,
-    home: HomeOption = None,
-    catalog: CatalogOption = None,
+    *,
+    home: CatalogFlags,
 ) -> None:
     """Say which repositories a key may use."""
     if every == bool(repositories):
         raise ConfigError("expected either names of repositories or --all", param="repositories")
-    with _opened(home, catalog, tenant) as (opened, who):
-        granted = opened.keys.grant(who, _find(opened, who, key).id, None if every else repositories)
+    with _opened(home, tenant) as (catalog, who):
+        granted = catalog.keys.grant(who, _find(catalog, who, key).id, None if every else repositories)
     typer.echo(f"{granted.name} ({granted.id}) may use " + ("all" if every else ", ".join(sorted(repositories or ()))))
 
 
 @contextmanager
-def _opened(home: Path | None, catalog: str | None, tenant: str | None) -> Iterator[tuple[Catalog, Actor]]:
-    """The catalog, and an actor of that tenant: whoever may write to the home is its admin."""
-    import os
+def _opened(home: CatalogFlags, tenant: str | None) -> Iterator[tuple[Catalog, Actor]]:
+    """The catalog, and an actor of that tenant."""
     from dataclasses import replace
 
-    from lorikeet.registry.home import open_home
-    from lorikeet.registry.records import Actor
-
-    opened = open_home(home, catalog=catalog)
-    try:
-        who = Actor(name=f"cli:{os.environ.get('USER') or os.getuid()}")
-        yield opened.catalog, who if tenant is None else replace(who, tenant=opened.catalog.people.tenant(tenant).id)
-    finally:
-        opened.close()
+    with opened(home) as there:
+        who, catalog = local_actor(), there.catalog
+        yield catalog, who if tenant is None else replace(who, tenant=catalog.people.tenant(tenant).id)
 
 
 def _find(catalog: Catalog, who: Actor, wanted: str) -> Key:

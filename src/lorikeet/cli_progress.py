@@ -8,6 +8,8 @@ from pathlib import Path
 
 import typer
 
+from lorikeet.errors import ConfigError
+
 
 @contextmanager
 def progress(what: str, *, sizes: bool = False) -> Iterator[Callable[[int, int], None]]:
@@ -22,9 +24,17 @@ def progress(what: str, *, sizes: bool = False) -> Iterator[Callable[[int, int],
 
 
 def adapter_folder(place: str) -> Path:
-    """A folder of this machine, or what is fetched from elsewhere into the cache, with the server's own credentials."""
+    """A folder of this machine, or what is fetched from elsewhere into the cache, with the server's own credentials.
+
+    Raises `ConfigError` for a folder that is not there, and what fetching raises.
+    """
     if "://" not in place:
-        return Path(place)
+        folder = Path(place)
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{folder.absolute()}: no such folder", hint="expected a PEFT folder, or such as hf://org/name"
+            )
+        return folder
     from lorikeet.adapters.sources import fetch
     from lorikeet.config import SourceConfig
     from lorikeet.model.sources import cache_folder

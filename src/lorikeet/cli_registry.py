@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorikeet.cli_flags import with_flags
+from lorikeet.cli_home import HomeFlags, local_actor, opened
 from lorikeet.cli_progress import adapter_folder, progress
 from lorikeet.errors import ConfigError, InvalidRequestError
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from lorikeet.registry.home import Home
     from lorikeet.registry.records import Page, Repository, Version
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", envvar="LORIKEET_HOME", help="Folder of the registry.", show_default="~/.lorikeet"),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
@@ -70,7 +66,7 @@ def add_commands(app: typer.Typer, adapters: typer.Typer) -> None:
         ),
         ("collect", collect_files, ("lorikeet adapters collect", "lorikeet adapters collect --days 0")),
     ):
-        adapters.command(name=name, epilog=examples(*lines))(command)
+        adapters.command(name=name, epilog=examples(*lines))(with_flags(command))
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------
@@ -82,11 +78,12 @@ def list_adapters(
     limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=1000)] = 100,
     after: Annotated[str | None, typer.Option(help="Go on after this name, or below this number.")] = None,
     as_json: JsonOption = False,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """List the repositories, or the versions of one."""
-    with _opened(home) as there:
-        catalog, who = there.catalog, _actor()
+    with opened(home) as there:
+        catalog, who = there.catalog, local_actor()
         if name is not None:
             before = None if after is None else _count(after, "--after")
             versions = catalog.versions.page(who, name, before=before, limit=limit)
@@ -99,11 +96,12 @@ def list_adapters(
 def show_adapter(
     reference: Annotated[str, typer.Argument(help="name, name/3 or name@alias.")],
     as_json: JsonOption = False,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """Everything the registry knows of a version: files, lineage, recipe, metrics, evaluations."""
-    with _opened(home) as there:
-        catalog, who = there.catalog, _actor()
+    with opened(home) as there:
+        catalog, who = there.catalog, local_actor()
         resolved = catalog.versions.resolve(who, reference)
         version = catalog.versions.by_id(who, resolved.version_id)
         lineage = catalog.versions.lineage(who, version.id)
@@ -140,7 +138,8 @@ def import_adapter(
     description: Annotated[str, typer.Option(help="What this version is.")] = "",
     parent: Annotated[str | None, typer.Option(help="The version it was trained on from, such as intent/2.")] = None,
     alias: Annotated[str | None, typer.Option(help="Let this alias point to it, such as production.")] = None,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """Take an adapter into the registry as the next version of a repository."""
     from lorikeet.registry.home import left_out
@@ -150,17 +149,13 @@ def import_adapter(
     if alias is not None:
         check_alias(alias, "--alias")
     folder = adapter_folder(place)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{folder.absolute()}: no such folder", hint="expected a PEFT folder, or such as hf://org/name"
-        )
     source = place if "://" in place else str(folder.absolute())
-    with _opened(home) as there, progress("storing", sizes=True) as report:
+    with opened(home) as there, progress("storing", sizes=True) as report:
         version = there.add_adapter(
-            _actor(), name, folder, description=description, parent=parent, source=source, report=report
+            local_actor(), name, folder, description=description, parent=parent, source=source, report=report
         )
         if alias is not None:
-            there.catalog.aliases.move(_actor(), name, alias, version.number)
+            there.catalog.aliases.move(local_actor(), name, alias, version.number)
     other = left_out(folder)
     if other:
         typer.echo(f"not taken, as it is not part of an adapter: {', '.join(other)}", err=True)
@@ -170,11 +165,12 @@ def import_adapter(
 def export_adapter(
     reference: Annotated[str, typer.Argument(help="name, name/3, name/3@step or name@alias.")],
     output: Annotated[Path, typer.Argument(help="The PEFT folder to write; a new one.")],
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """Write a version as a PEFT folder."""
-    with _opened(home) as there, progress("writing", sizes=True) as report:
-        resolved = there.catalog.versions.resolve(_actor(), reference)
+    with opened(home) as there, progress("writing", sizes=True) as report:
+        resolved = there.catalog.versions.resolve(local_actor(), reference)
         there.blobs.export(resolved.manifest, output, report)
     typer.echo(f"{output}: {resolved.reference}")
 
@@ -183,13 +179,14 @@ def diff_adapters(
     first: Annotated[str, typer.Argument(help="name, name/3, name/3@step or name@alias.")],
     second: Annotated[str, typer.Argument(help="What it is compared with.")],
     as_json: JsonOption = False,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """What differs between two versions: fields, config, metrics, and by how much the tensors do."""
     from lorikeet.registry.difference import compare
 
-    with _opened(home) as there:
-        found = compare(there, _actor(), first, second)
+    with opened(home) as there:
+        found = compare(there, local_actor(), first, second)
     if as_json:
         _print_json(found)
         return
@@ -209,7 +206,8 @@ def diff_adapters(
 def remove_adapter(
     reference: Annotated[str, typer.Argument(help="name/3, or name for a repository with all its versions.")],
     yes: YesOption = False,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """Delete a version, or a repository. The files go when they are collected."""
     from lorikeet.registry.references import parse_reference
@@ -219,8 +217,8 @@ def remove_adapter(
         raise InvalidRequestError(
             f"{reference} is an alias", hint=f"lorikeet adapters alias {parsed.repository} {parsed.alias} --remove"
         )
-    with _opened(home) as there:
-        catalog, who = there.catalog, _actor()
+    with opened(home) as there:
+        catalog, who = there.catalog, local_actor()
         if parsed.number is None:
             count = len(catalog.repositories.get(who, parsed.repository).versions)
             _confirm(f"Delete {parsed.repository} with {count} versions?", yes)
@@ -239,14 +237,15 @@ def alias_adapter(
     reference: Annotated[str, typer.Argument(help="The version, such as intent/3; or a repository.")],
     alias: Annotated[str | None, typer.Argument(help="The alias, such as production.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the alias.")] = False,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """Let an alias point to a version, from the next request on; or show where aliases point."""
     from lorikeet.registry.references import parse_reference
 
     parsed = parse_reference(reference, "REFERENCE")
-    with _opened(home) as there:
-        catalog, who = there.catalog, _actor()
+    with opened(home) as there:
+        catalog, who = there.catalog, local_actor()
         if alias is None:
             _print(_alias_table(there, parsed.repository))
         elif remove:
@@ -262,10 +261,11 @@ def alias_adapter(
 
 def collect_files(
     days: Annotated[float, typer.Option(help="What was deleted so many days ago, or longer.", min=0)] = 7.0,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """Remove the files of what was deleted. `lorikeet up` does it by itself."""
-    with _opened(home) as there:
+    with opened(home) as there:
         before = there.catalog.ledger.totals()[1]
         count = there.collect(days * 86_400.0)
         after = there.catalog.ledger.totals()[1]
@@ -282,6 +282,7 @@ def collect_files(
         "lorikeet datasets add tickets rows.csv --validation 0.05 --test 0.1 --seed 1",
     ),
 )
+@with_flags
 def add_dataset(
     name: Annotated[str, typer.Argument(help="Its name.")],
     train: Annotated[Path, typer.Argument(help="The rows to learn from: JSONL, CSV, TSV or Parquet.")],
@@ -289,7 +290,8 @@ def add_dataset(
     test: Annotated[str | None, typer.Option(help="A file, or a share of the rows.")] = None,
     seed: Annotated[int, typer.Option(help="Of the rows that shares draw.")] = 0,
     description: Annotated[str, typer.Option(help="What it is.")] = "",
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """Take files into the registry as a dataset. Its splits are fixed from then on."""
     from lorikeet.data.formats import read_rows
@@ -302,25 +304,27 @@ def add_dataset(
             shares[split] = float(given)
         except ValueError:
             files[split] = Path(given)
-    with _opened(home) as there, progress("storing", sizes=True) as report:
+    with opened(home) as there, progress("storing", sizes=True) as report:
         made = there.add_dataset(
-            _actor(), name, files, read_rows, shares=shares, seed=seed, description=description, report=report
+            local_actor(), name, files, read_rows, shares=shares, seed=seed, description=description, report=report
         )
     rows = ", ".join(f"{one.rows} {split}" for split, one in made.splits.items())
     typer.echo(f"{name}: {rows} rows; columns {', '.join(f'{key} ({kind})' for key, kind in made.columns.items())}")
 
 
 @datasets_app.command(name="ls", epilog=examples("lorikeet datasets ls", "lorikeet datasets ls --contains tick"))
+@with_flags
 def list_datasets(
     contains: Annotated[str | None, typer.Option(help="Only names with this part.")] = None,
     limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=1000)] = 100,
     after: Annotated[str | None, typer.Option(help="Go on after this name.")] = None,
     as_json: JsonOption = False,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """List the datasets."""
-    with _opened(home) as there:
-        page = there.catalog.datasets.page(_actor(), after=after, limit=limit, contains=contains)
+    with opened(home) as there:
+        page = there.catalog.datasets.page(local_actor(), after=after, limit=limit, contains=contains)
 
     def table() -> Table:
         made = _table("name", "rows", "bytes", "columns", "created", "description")
@@ -334,17 +338,19 @@ def list_datasets(
 
 
 @datasets_app.command(name="show", epilog=examples("lorikeet datasets show tickets --rows 3"))
+@with_flags
 def show_dataset(
     name: Annotated[str, typer.Argument(help="Its name.")],
     rows: Annotated[int, typer.Option(help="How many rows to show.", min=0)] = 5,
     as_json: JsonOption = False,
-    home: HomeOption = None,
+    *,
+    home: HomeFlags,
 ) -> None:
     """Columns, splits and the first rows of a dataset."""
     from lorikeet.data.formats import read_rows
 
-    with _opened(home) as there:
-        dataset, folder = there.dataset_folder(_actor(), name)
+    with opened(home) as there:
+        dataset, folder = there.dataset_folder(local_actor(), name)
     first = read_rows(folder / dataset.splits["train"].file)[:rows]
     if as_json:
         _print_json({"dataset": dataset, "rows": first})
@@ -362,45 +368,19 @@ def show_dataset(
 
 
 @datasets_app.command(name="rm", epilog=examples("lorikeet datasets rm tickets --yes"))
+@with_flags
 def remove_dataset(
-    name: Annotated[str, typer.Argument(help="Its name.")], yes: YesOption = False, home: HomeOption = None
+    name: Annotated[str, typer.Argument(help="Its name.")], yes: YesOption = False, *, home: HomeFlags
 ) -> None:
     """Delete a dataset. Its files go when they are collected."""
-    with _opened(home) as there:
-        there.catalog.datasets.get(_actor(), name)
+    with opened(home) as there:
+        there.catalog.datasets.get(local_actor(), name)
         _confirm(f"Delete the dataset {name}?", yes)
-        there.catalog.datasets.delete(_actor(), name)
+        there.catalog.datasets.delete(local_actor(), name)
     typer.echo(f"deleted {name}")
 
 
 # --- what they show -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _opened(folder: Path | None) -> Iterator[Home]:
-    import logging
-
-    from lorikeet.registry.home import open_home
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    home = open_home(folder)
-    try:
-        yield home
-    finally:
-        home.close()
-
-
-def _actor() -> Any:
-    """Whoever can write the home folder is its admin."""
-    import getpass
-
-    from lorikeet.registry.records import Actor
-
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user id without an account
-        user = "unknown"
-    return Actor(name=f"cli:{user}")
 
 
 def _repository_table(items: list[Repository]) -> Table:
@@ -430,7 +410,7 @@ def _version_table(name: str, items: list[Version]) -> Table:
 
 
 def _alias_table(home: Home, name: str) -> Table:
-    catalog, who = home.catalog, _actor()
+    catalog, who = home.catalog, local_actor()
     table = _table("alias", "version", "since", "by", "before", title=name)
     for one in catalog.repositories.get(who, name).aliases:
         history = catalog.aliases.history(who, name, one.name)

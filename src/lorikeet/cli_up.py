@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lorikeet.cli_flags import EngineFlags, HttpFlags, SourceFlags, TenantFlags, size, with_flags
+from lorikeet.cli_flags import HTTP, EngineFlags, HttpFlags, SourceFlags, TenantFlags, size, with_flags
+from lorikeet.cli_home import HomeFlags
 
 EPILOG = (
     "[bold]Examples[/]\n\nlorikeet up\n\n"
@@ -18,21 +19,6 @@ JOBS = "Jobs"
 
 @with_flags
 def up(
-    home: Annotated[
-        str, typer.Option(envvar="LORIKEET_HOME", help="Catalog, blobs, jobs and caches go below this folder.")
-    ] = "~/.lorikeet",
-    catalog: Annotated[
-        str | None,
-        typer.Option(envvar="LORIKEET_CATALOG", help="postgresql:// URL; default: SQLite in the home folder."),
-    ] = None,
-    blobs: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LORIKEET_BLOBS",
-            help="URL of an object store, such as s3://bucket/prefix; default: the home folder.",
-        ),
-    ] = None,
-    max_upload: Annotated[str, typer.Option(help="Largest upload.")] = "2GiB",
     job_concurrency: Annotated[
         int, typer.Option(help="Training and evaluation processes at once.", min=1, rich_help_panel=JOBS)
     ] = 1,
@@ -50,7 +36,9 @@ def up(
         int,
         typer.Option(help="Queued trainings that may run as one joint run; 1: none.", min=1, rich_help_panel=JOBS),
     ] = 8,
+    max_upload: Annotated[str, typer.Option(help="Largest upload.", rich_help_panel=HTTP)] = "2GiB",
     *,
+    home: HomeFlags,
     engine: EngineFlags,
     tenants: TenantFlags,
     sources: SourceFlags,
@@ -61,9 +49,9 @@ def up(
     from lorikeet.server.serve import run_up
 
     platform = PlatformConfig(
-        home=home,
-        catalog=catalog,
-        blobs=blobs,
+        home=home.home,
+        catalog=home.catalog,
+        blobs=home.blobs,
         job_concurrency=job_concurrency,
         job_memory=size(job_memory, "--job-memory"),
         job_threads=job_threads,
