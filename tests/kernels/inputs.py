@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.types import Site, SiteGroup
+
+RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # error of a kernel, to the largest value of its result
+
+
+def fresh_generator() -> torch.Generator:
+    """Other numbers in every run; what a failing run had stands in its output."""
+    seed = int.from_bytes(os.urandom(4))
+    print(f"inputs drawn with seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_near(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """`found` is what `wanted`, in float64, becomes with inputs in `dtype`."""
+    assert found.shape == wanted.shape
+    error = (found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+    assert error <= RELATIVE[dtype], f"relative error {error:.2e}"  # NaN is not less
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, tensors that `torch.empty` gives are full of NaN, or of large integers: what is not written shows."""
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x3F3F3F3F)
+
+    empty, empty_like = torch.empty, torch.empty_like
+    with (
+        mock.patch.object(torch, "empty", lambda *sizes, **kwargs: poison(empty(*sizes, **kwargs))),
+        mock.patch.object(torch, "empty_like", lambda *given, **kwargs: poison(empty_like(*given, **kwargs))),
+    ):
+        yield
+
+
+def to_device(
+    made: tuple[Tensor, Tensor, Tensor, Batch, LayerCache], device: str
+) -> tuple[Tensor, Tensor, Tensor, Batch, LayerCache]:
+    """What `make_batch` made, on a device."""
+    q, k, v, batch, cache = made
+    names = ("tokens", "positions", "query_start", "kv_len", "block_table", "cache_slot")
+    moved = {name: getattr(batch, name).to(device) for name in names if getattr(batch, name) is not None}
+    return (
+        q.to(device),
+        k.to(device),
+        v.to(device),
+        replace(batch, **moved),
+        LayerCache(cache.k.to(device), cache.v.to(device)),
+    )
 
 
 def site_group(d_in: int, outs: Sequence[int]) -> SiteGroup:

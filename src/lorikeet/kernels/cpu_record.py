@@ -178,6 +178,12 @@ class Recorder:
         self._note(Code.SILU, gate_up.data_ptr(), gate_up.stride(0) * 2, d, out.data_ptr())
         return out
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: LayerCache | None,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        return self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v, batch, cache, window)
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
     ) -> Tensor:

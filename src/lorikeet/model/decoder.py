@@ -32,11 +32,11 @@ class Ops(Protocol):
     def gather(self, logits: Tensor, tokens: int) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
-    def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
-    ) -> Tensor: ...
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: LayerCache | None,
+        window: int | None,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class ServingOps(Ops, Protocol):
@@ -114,8 +114,7 @@ def forward(
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, spec.norm_eps)
             k = ops.rms_norm(k, layer.k_norm, spec.norm_eps)
-        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
-        attended = ops.attention(q, k, v, batch, None if cache is None else cache[i], spec.window(i))
+        attended = ops.attend(q, k, v, cos, sin, batch, None if cache is None else cache[i], spec.window(i))
         if i == spec.num_layers - 1 and wanted is not None:
             # Keys and values were the last that the other rows were for.
             attended, residual = ops.take(attended, wanted), ops.take(residual, wanted)

@@ -147,6 +147,12 @@ class TrainOps:
         out: Tensor = _SiluMul.apply(gate_up)  # type: ignore[no-untyped-call]
         return out
 
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: LayerCache | None,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        return self.attention(self.rope(q, cos, sin), self.rope(k, cos, sin), v, batch, cache, window)
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, cache: LayerCache | None, window: int | None
     ) -> Tensor:
