@@ -7,20 +7,18 @@ the capacity at that budget. Then single requests to adapters that nobody has se
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 import time
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from load import Ask, Clients, Json
+from open_loop import Prompts, flags, last_line, measured, percentiles, prepared
 from ours import ServerSide, Setup
-from shapes import NAMES, default_cache, evict, fixture, make_adapter
+from shapes import evict, fixture, make_adapter
 from worker import progress
 
 EXAMPLES = """examples:
@@ -31,27 +29,23 @@ EXAMPLES = """examples:
 COLD_RANK, COLD_BARS, CAPACITY_BAR, TAIL_BAR = 16, (0.050, 0.200), 0.6, 1.3
 
 
-class Traffic:
-    """Requests on adapters of Zipf(1.0): adapter k in proportion to 1 / (k + 1). No two prompts are alike."""
+class Traffic(Prompts):
+    """Requests on adapters of Zipf(1.0): adapter k in proportion to 1 / (k + 1)."""
 
     def __init__(self, options: Namespace, vocabulary: int) -> None:
-        self._draw = np.random.default_rng(options.seed)
+        super().__init__(options, vocabulary)
         self._weights = 1 / np.arange(1, options.adapters + 1)
         self._weights /= self._weights.sum()
-        self._length, self._vocabulary = options.prompt, vocabulary
-
-    def prompt(self) -> list[int]:
-        return self._draw.integers(min(257, self._vocabulary // 2), self._vocabulary, self._length).tolist()
 
     def clients(self, count: int, rounds: int) -> Clients:
         """A closed loop."""
-        chosen = self._draw.choice(len(self._weights), (count, rounds), p=self._weights)
+        chosen = self.draw.choice(len(self._weights), (count, rounds), p=self._weights)
         return [[Ask(self.prompt(), int(adapter)) for adapter in row] for row in chosen]
 
     def arrivals(self, count: int, rate: float) -> list[tuple[float, list[int], int]]:
         """(seconds from the start, prompt, adapter): Poisson at `rate` requests a second."""
-        times = np.cumsum(self._draw.exponential(1 / rate, count))
-        chosen = self._draw.choice(len(self._weights), count, p=self._weights)
+        times = np.cumsum(self.draw.exponential(1 / rate, count))
+        chosen = self.draw.choice(len(self._weights), count, p=self._weights)
         return [(float(at), self.prompt(), int(adapter)) for at, adapter in zip(times, chosen, strict=True)]
 
 
@@ -75,15 +69,12 @@ def play(side: ServerSide, arrivals: list[tuple[float, list[int], int]], options
     sent = [(at, prompt, {"model": side.names[adapter]}) for at, prompt, adapter in arrivals]
     said = side.clients.ask("open_loop", arrivals=sent, new=options.new)
     head = max(int(min(options.resident) * options.adapters) // 4, 1)
-    first = np.array([np.nan if one is None else one for one in said["first"]])
     common = np.array([adapter < head for _, _, adapter in arrivals])
-    last = np.array([np.nan if one is None else one for one in said["last"]])
+    first, last = measured(said["first"]), measured(said["last"])
     return {
         "failed": len(said["errors"]), "errors": sorted(set(said["errors"]))[:3],
-        **{f"ttft_p{p}": float(np.nanpercentile(first, p)) for p in (50, 95, 99)},
-        **{f"common_ttft_p{p}": float(np.nanpercentile(first[common], p)) for p in (50, 95, 99)},
-        **{f"latency_p{p}": float(np.nanpercentile(last, p)) for p in (50, 95, 99)},
-        "late_p99": float(np.percentile(said["late"], 99)),
+        **percentiles("ttft_", first), **percentiles("common_ttft_", first[common]), **percentiles("latency_", last),
+        **percentiles("late_", measured(said["late"]), (99,)),
     }  # fmt: skip
 
 
@@ -128,7 +119,7 @@ def cold(setup: Setup, options: Namespace) -> Json:
         seconds = [float(side.clients.ask("run", clients=[body], new=1)["ttft_p50"]) for body in bodies]
     finally:
         side.close()
-    return {f"p{p}": float(np.percentile(seconds, p)) for p in (50, 95, 99)}
+    return percentiles("", measured(seconds))
 
 
 def verdicts(result: Json) -> list[tuple[str, float, float, bool]]:
@@ -148,22 +139,14 @@ def verdicts(result: Json) -> list[tuple[str, float, float, bool]]:
 
 
 def arguments() -> Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, EXAMPLES, shape="nano", clients=32, prompt=32, new=16)
     add = parser.add_argument
-    add("--shape", choices=NAMES, default="nano")
     add("--adapters", type=int, default=5000)
     add("--rank", type=int, default=8)
     add("--resident", nargs="+", type=float, default=[1.0, 0.1, 0.01], help="shares of them that fit into memory")
     add("--load", type=float, default=0.7, help="of the capacity with all resident")
     add("--requests", type=int, default=3000, help="of each measurement")
-    add("--clients", type=int, default=32, help="of the closed loop")
-    add("--prompt", type=int, default=32, help="tokens")
-    add("--new", type=int, default=16, help="tokens")
     add("--cold", type=int, default=100, help="unseen adapters of rank 16; 0: none")
-    add("--cache", type=Path, default=default_cache(), help="where the files are kept [%(default)s]")
-    add("--seed", type=int, default=0)
     return parser.parse_args()
 
 
@@ -171,17 +154,13 @@ def main() -> None:
     options = arguments()
     made = fixture(options.shape, options.cache)
     progress(f"{options.adapters} adapters in {made.root}")
-    adapters = made.adapters([options.rank] * options.adapters)
-    with tempfile.TemporaryDirectory(prefix="run-", dir=options.cache) as folder:
-        (spare := Path(folder) / "served").mkdir()
-        setup = Setup(fixture=made, adapters=adapters, spare=spare, folder=Path(folder), clients=options.clients)
-        result = measure(setup, options)
+    with prepared(options, made, [options.rank] * options.adapters, options.clients) as served:
+        result = measure(served, options)
         if options.cold:
-            result["cold"] = cold(setup, options)
+            result["cold"] = cold(served, options)
     for what, value, bar, holds in verdicts(result):
         print(f"{what:52} {value:8.3f}  bar {bar:g}  {'holds' if holds else 'MISSED'}")
-    chosen = {key: value for key, value in vars(options).items() if key != "cache"}
-    print(json.dumps({"benchmark": "many_adapters", "options": chosen, **result}))
+    last_line("many_adapters", options, result)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ neighbour on a server that takes requests as they come (`--no-fair`). The last l
 
 from __future__ import annotations
 
-import argparse
 import json
-import tempfile
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from load import Ask, Json, compare, median
+from open_loop import Arrivals, Prompts, flags, last_line, measured, percentiles, prepared
 from ours import ServerSide, Setup
-from shapes import NAMES, default_cache, fixture
+from shapes import fixture
 from worker import progress
 
 EXAMPLES = """examples:
@@ -27,22 +25,13 @@ EXAMPLES = """examples:
 """
 VICTIMS, VICTIM_LOAD, NEIGHBOUR_LOAD, BAR = 4, 0.2, 2.0, 1.5
 
-Arrivals = list[tuple[float, list[int], Json]]
 
-
-class Traffic:
-    """Poisson arrivals; no two prompts are alike."""
-
-    def __init__(self, options: Namespace, vocabulary: int) -> None:
-        self._draw = np.random.default_rng(options.seed)
-        self._length, self._vocabulary = options.prompt, vocabulary
-
-    def prompt(self) -> list[int]:
-        return self._draw.integers(min(257, self._vocabulary // 2), self._vocabulary, self._length).tolist()
+class Traffic(Prompts):
+    """Poisson arrivals."""
 
     def arrivals(self, name: str, rate: float, seconds: float) -> Arrivals:
         """Requests on the adapter `name` at `rate` a second."""
-        gaps = self._draw.exponential(1 / rate, int(rate * seconds * 2) + 10)
+        gaps = self.draw.exponential(1 / rate, int(rate * seconds * 2) + 10)
         return [(float(at), self.prompt(), {"model": name}) for at in np.cumsum(gaps) if at < seconds]
 
 
@@ -59,14 +48,12 @@ def play(side: ServerSide, victims: Arrivals, neighbour: Arrivals, options: Name
     order = sorted([(*one, True) for one in victims] + [(*one, False) for one in neighbour], key=lambda one: one[0])
     said = side.clients.ask("open_loop", arrivals=[one[:3] for one in order], new=options.new)
     ours = np.array([one[3] for one in order])
-    last = np.array([np.nan if one is None else one for one in said["last"]])
-    first = np.array([np.nan if one is None else one for one in said["first"]])
+    first, last = measured(said["first"]), measured(said["last"])
     return {
-        **{f"p{p}": float(np.nanpercentile(last[ours], p)) for p in (50, 95, 99)},
-        **{f"ttft_p{p}": float(np.nanpercentile(first[ours], p)) for p in (50, 95)},
+        **percentiles("", last[ours]), **percentiles("ttft_", first[ours], (50, 95)),
         "victims": int(ours.sum()), "failed": int(np.isnan(last[ours]).sum()),
         "neighbour": int((~ours).sum()), "neighbour_refused": int(np.isnan(last[~ours]).sum()),
-        "late_p99": float(np.percentile(said["late"], 99)),
+        **percentiles("late_", measured(said["late"]), (99,)),
     }  # fmt: skip
 
 
@@ -106,40 +93,26 @@ def measure(setup: Setup, options: Namespace) -> Json:
 
 
 def arguments() -> Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flags(__doc__, EXAMPLES, shape="half", clients=8, prompt=64, new=64)
     add = parser.add_argument
-    add("--shape", choices=NAMES, default="half")
     add("--rank", type=int, default=16)
     add("--repeats", type=int, default=9)
     add("--seconds", type=float, default=20.0, help="of arrivals, each time")
-    add("--clients", type=int, default=8, help="of the closed loop that finds the capacity")
     add("--capacity-requests", type=int, default=64)
     add("--max-seqs", type=int, default=8, help="of the server")
     add("--queue", type=int, default=32, help="of the server")
-    add("--prompt", type=int, default=64, help="tokens")
-    add("--new", type=int, default=64, help="tokens")
-    add("--cache", type=Path, default=default_cache(), help="where the files are kept [%(default)s]")
-    add("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
     made = fixture(options.shape, options.cache)
-    adapters = made.adapters([options.rank] * (VICTIMS + 1))
-    with tempfile.TemporaryDirectory(prefix="run-", dir=options.cache) as folder:
-        (spare := Path(folder) / "served").mkdir()
-        setup = Setup(
-            fixture=made, adapters=adapters, spare=spare, folder=Path(folder), clients=options.max_seqs,
-            settings={"max_seqs": options.max_seqs, "queue": options.queue},
-        )  # fmt: skip
-        result = measure(setup, options)
+    limits = {"max_seqs": options.max_seqs, "queue": options.queue}
+    with prepared(options, made, [options.rank] * (VICTIMS + 1), options.max_seqs, **limits) as served:
+        result = measure(served, options)
     for ratio in result["ratios"]:
         print(json.dumps(ratio))
-    chosen = {key: value for key, value in vars(options).items() if key != "cache"}
-    print(json.dumps({"benchmark": "noisy_neighbour", "options": chosen, **result}))
+    last_line("noisy_neighbour", options, result)
 
 
 if __name__ == "__main__":
