@@ -182,6 +182,19 @@ def test_goes_on_from_a_version_and_from_a_checkpoint(home: Home, model: str) ->
     assert job_of(home, parent).state == "completed"
 
 
+def test_what_was_just_written_is_not_read_again(home: Home, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalog knows versions and checkpoints by the hash of the tensors as they were written."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lorikeet.registry.home.AdapterFile", None)
+        job = submit(home, epochs=2)
+        run(home, model)
+    assert job_of(home, job).state == "completed", job_of(home, job).error
+    for reference in ("r/1", "r/1@4"):
+        resolved, folder = home.adapter_folder(WHO, reference)
+        with AdapterFile(folder) as file:
+            assert resolved.digest == file.load()[1]
+
+
 def test_judging(home: Home, model: str) -> None:
     submit(home, epochs=1)
     run(home, model)

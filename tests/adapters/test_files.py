@@ -151,10 +151,11 @@ def test_what_is_written_loads_in_peft(checkpoint: Callable[..., Path], tmp_path
             a, b = rng.normal(size=(rank, d_in)), rng.normal(size=(rank, d_out))
             pairs[f"model.layers.{layer}.{module}"] = (a.astype(np.float32), b.astype(np.float32))
     target = tmp_path / "made" / "x"
-    write_peft(target, config, pairs, base_name="tiny", files={"note.txt": b"hello"})
+    first = write_peft(target, config, pairs, base_name="tiny", files={"note.txt": b"hello"})
     with AdapterFile(target) as file:
         assert file.config == config
-        tensors, first = file.load()
+        tensors, loaded = file.load()
+    assert first == loaded
     for module, (a, b) in pairs.items():
         np.testing.assert_array_equal(tensors[module, "A"], a)
         np.testing.assert_array_equal(tensors[module, "B"], b.T)
@@ -172,6 +173,15 @@ def test_what_is_written_loads_in_peft(checkpoint: Callable[..., Path], tmp_path
     assert digest(target) != first
     assert sorted(path.name for path in target.parent.iterdir()) == ["x"]  # nothing temporary is left
     assert sorted(path.name for path in target.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_what_nobody_could_load_is_not_written(folder: Path) -> None:
+    before = digest(folder)
+    broken = np.full((1, 64), np.nan, np.float32)
+    config = LoraConfig(r=1, alpha=1, target_modules=("q_proj",))
+    with pytest.raises(AdapterError, match=r"q_proj.lora_A.weight: 64 of 64 values are NaN"):
+        write_peft(folder, config, {"model.layers.0.self_attn.q_proj": (broken, broken)}, base_name="tiny")
+    assert digest(folder) == before
 
 
 def test_a_failed_write_leaves_the_old_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

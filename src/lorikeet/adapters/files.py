@@ -120,10 +120,14 @@ class AdapterFile:
 
     def _decode(self, key: tuple[str, Part], entry: TensorEntry, raw: memoryview) -> Array:
         values = decode(entry, raw)
-        if not np.isfinite(values).all():
-            bad = int(np.count_nonzero(~np.isfinite(values)))
-            raise AdapterError(f"{WEIGHTS}: {stored_name(*key)}: {bad} of {values.size} values are NaN or infinite")
+        _check_finite(key, values)
         return values
+
+
+def _check_finite(key: tuple[str, Part], values: Array) -> None:
+    if not np.isfinite(values).all():
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        raise AdapterError(f"{WEIGHTS}: {stored_name(*key)}: {bad} of {values.size} values are NaN or infinite")
 
 
 def parse_name(name: str) -> tuple[str, Part]:
@@ -214,24 +218,29 @@ def write_peft(
     base_name: str,
     lock: Lock | None = None,
     files: Mapping[str, bytes] | None = None,
-) -> None:
+) -> str:
     """Write a directory that `peft` loads; it appears whole or not at all, and replaces an older one.
 
     `pairs` maps module names to (A [r, d_in], B [r, d_out]) fp32; the file holds B as PEFT does, [d_out, r].
-    `files` are further files of the folder by name.
+    `files` are further files of the folder by name. Returns the content hash, as `AdapterFile.load` tells it. Raises
+    `AdapterError` for values that are not finite: nobody could load them.
     """
-    tensors: dict[str, Any] = {}
+    stored: dict[tuple[str, Part], Array] = {}
     for module, (a, b) in pairs.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a, np.float32)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b.T, np.float32)
+        stored[module, "A"] = np.ascontiguousarray(a, np.float32)
+        stored[module, "B"] = np.ascontiguousarray(b.T, np.float32)
+    for key, values in stored.items():
+        _check_finite(key, values)
     contents = {
         CONFIG: json.dumps(peft_fields(config, base_name), indent=2).encode(),
-        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+        WEIGHTS: save({f"base_model.model.{stored_name(*key)}": one for key, one in stored.items()}, {"format": "pt"}),
         **(files or {}),
     }
     if lock is not None:
         contents[LOCK] = msgspec.json.format(msgspec.json.encode(lock), indent=2)
     write_folder(folder, contents)
+    raw = {key: (TensorEntry("F32", one.shape, 0, one.nbytes), one.reshape(-1).data) for key, one in stored.items()}
+    return content_hash(config, raw)
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:

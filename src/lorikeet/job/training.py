@@ -217,9 +217,9 @@ class TrainingRun:
             return
         folder = member.folder / "checkpoint"
         try:
-            member.trainee.write(folder)
+            digest = member.trainee.write(folder)
             metrics = {"step": step, "loss": run.progress.loss, "validation_loss": run.progress.validation_loss}
-            content = msgspec.structs.replace(self.home.read_adapter(folder), metrics=metrics)
+            content = msgspec.structs.replace(self.home.read_adapter(folder, digest=digest), metrics=metrics)
             self.home.catalog.versions.add_checkpoint(member.who, member.job.version_id, step, content)
         except LorikeetError as error:  # training does not end for want of a copy of its middle
             log.warning("job %s: no checkpoint at step %d: %s", member.job.id, step, error)
@@ -258,10 +258,10 @@ class TrainingRun:
         trainee, folder = member.trainee, member.folder / "adapter"
         member.reporter.stage("publishing", "writing the version")
         trainee.run.final_weights()
-        trainee.write(folder)
+        digest = trainee.write(folder)
         p = trainee.run.progress
         return msgspec.structs.replace(
-            self.home.read_adapter(folder),
+            self.home.read_adapter(folder, digest=digest),
             recipe=msgspec.to_builtins(member.trainee.recipe) | {"dataset": member.dataset.name},
             recipe_sha256=trainee.recipe_sha256,
             dataset_id=member.dataset.id,

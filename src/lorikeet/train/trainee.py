@@ -64,8 +64,8 @@ class Trainee:
             code_version=__version__,
         )
 
-    def write(self, folder: Path) -> None:
-        """A PEFT folder with its lock, of the weights as they are now."""
+    def write(self, folder: Path) -> str:
+        """A PEFT folder with its lock, of the weights as they are now; its content hash. Raises `AdapterError`."""
         settings = self.run.settings
         config = LoraConfig(
             r=settings.rank,
@@ -74,7 +74,7 @@ class Trainee:
             target_modules=tuple(MODULES[role].rsplit(".", 1)[1] for role in settings.roles),
         )
         pairs = {module_of(site): (a.numpy(), b.numpy()) for site, a, b in self.run.parameters.named_pairs()}
-        write_peft(folder, config, pairs, base_name=self.base.name, lock=self.lock())
+        return write_peft(folder, config, pairs, base_name=self.base.name, lock=self.lock())
 
 
 def make_trainee(
