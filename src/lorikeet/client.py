@@ -161,14 +161,20 @@ class Client:
         return None if reply.status_code == 204 else _checked(reply)
 
     def events(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
-        """The JSON of each server-sent event, such as `events("/api/jobs/ID/stream")`, until the server ends them."""
+        """The JSON of each server-sent event, such as `events("/api/jobs/ID/stream")`, until the server ends them.
+
+        Raises `LorikeetError` where it ends them early, such as when the key was revoked.
+        """
         with self._http.stream("GET", path, params=query or None, timeout=httpx.Timeout(600.0, read=60.0)) as reply:
             if not reply.is_success:
                 reply.read()
                 _checked(reply)
             for line in reply.iter_lines():
                 if line.startswith("data:"):
-                    yield json.loads(line[5:])
+                    message = json.loads(line[5:])
+                    if message.get("type") == "error":
+                        raise _error(message["error"], 200)
+                    yield message
 
     def ready(self) -> bool:
         """True when the server takes requests; False while it starts, drains or cannot be reached."""

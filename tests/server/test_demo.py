@@ -23,5 +23,9 @@ def test_each_task_by_one_click(tmp_path: Path) -> None:
         assert server.http.get("/api/demo").json()["items"][0]["repo"] == tasks[0]
         assert server.http.post("/api/demo/nothing/train").status_code == 404
         assert server.post("/api/demo/intent/train", {"recipe": {"epoch": 1}}).status_code == 400
+        most = server.state.config.max_body
+        assert server.post("/api/demo/intent/train", {"recipe": {"prompt": "x" * most}}).status_code == 413
+        long = server.post("/api/demo/intent/train", {"recipe": {"prompt": "{nothing}" + "x" * 2**20}})
+        assert long.status_code == 400 and "nothing" in long.text  # more than a MiB is read
         for job in server.http.get("/api/jobs?state=queued,running").json()["items"]:
             server.post(f"/api/jobs/{job['id']}/cancel", None)

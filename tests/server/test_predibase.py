@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import pytest
 from tests.fixtures import make_adapter
 from tests.server.flaky_proxy import flaky_proxy
 from tests.server.hosting import Hosted, hosted, own_cache
+from tests.server.sdk import Sdk
 
 from lorikeet.config import PlatformConfig
 from lorikeet.model.sources import find_model
@@ -24,40 +22,7 @@ from lorikeet.registry.records import Actor
 from lorikeet.server.platform import Platform
 from lorikeet.server.predibase.config import FinetuningConfig
 
-WORKER = Path(__file__).parent / "sdk_worker.py"
 CITIES = ("Oslo", "Lima", "Rome", "Cairo", "Paris", "Quito")
-
-
-@dataclass
-class Answer:
-    result: Any
-    error: str | None
-    printed: str
-
-
-class Sdk:
-    """The package in a process of its own, as a user has it: an address, a key, and nothing else."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, gateway: str, code: str, token: str = "pb_any", **names: Any) -> Answer:
-        """Run `code` with `pb` and these names; what it leaves in `result`, or the error it raised."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        asked = {"gateway": gateway, "token": token, "code": code, "names": names}
-        print(json.dumps(asked), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        assert line, "the SDK's process died"
-        answer = json.loads(line)
-        return Answer(answer["result"], answer["error"], answer["printed"])
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(10)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ PUBLIC = {
     "GET /", "GET /ui/{version}/{name:path}",  # the page's own files
     "PUT /v2/uploads/{token}/{name}",  # the token is the key, for these files alone
 }  # fmt: skip
-OPERATOR = {"GET /metrics", "GET /api/tenants", "POST /api/tenants"}
+OPERATOR = {
+    "GET /metrics", "GET /api/tenants", "POST /api/tenants", "GET /{tenant}/deployments/v2/llms/{deployment}/metrics",
+}  # fmt: skip
 REFERENCES = [NAME, f"{NAME}/1", f"{NAME}@production"]
 
 

@@ -16,6 +16,7 @@ from lorikeet.errors import LorikeetError
 from lorikeet.server import datasets, demo, jobs, keys, leaderboard, lorax, manage, openai, pages, repositories, serving
 from lorikeet.server.auth import Access, needs, public
 from lorikeet.server.compression import CompressJson
+from lorikeet.server.metrics import MEDIA_TYPE
 from lorikeet.server.predibase import routes as predibase
 from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
 from lorikeet.server.state import ServerState
@@ -50,7 +51,7 @@ def create_app(state: ServerState) -> FastAPI:
         app.include_router(repositories.routes(state, platform))
         app.include_router(datasets.routes(state, platform))
         app.include_router(jobs.routes(state, platform))
-        app.include_router(demo.routes(platform))
+        app.include_router(demo.routes(state, platform))
         app.include_router(leaderboard.routes(state, platform))
         app.include_router(serving.routes(state))
         pages.add_pages(app)
@@ -94,7 +95,7 @@ def _add_health(app: FastAPI, state: ServerState) -> None:
     @app.get("/metrics")
     @needs("user", operator=True)
     async def metrics() -> Response:
-        return Response(await state.metrics.page(state.engine), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await state.metrics.page(state.engine), media_type=MEDIA_TYPE)
 
     @app.get("/")
     @needs("user")

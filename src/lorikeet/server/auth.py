@@ -17,6 +17,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from lorikeet.config import ServeConfig
 from lorikeet.errors import ConfigError, ForbiddenError, LorikeetError
 from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, Role
 from lorikeet.server.limits import Limits, Meter, Run
+from lorikeet.server.revocation import End, Revocation
 
 if TYPE_CHECKING:
     from lorikeet.registry.catalog import Catalog
@@ -53,11 +55,12 @@ class ForeignPageError(ForbiddenError):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The caller of a request. `key` and `meter` are those of the catalog's key, if it came with one."""
+    """The caller of a request. `key`, `meter` and `revocation` are those of the catalog's key, if it came with one."""
 
     actor: Actor
     key: Key | None = None
     meter: Meter | None = None
+    revocation: Revocation | None = None
 
     @property
     def tenant(self) -> str:
@@ -67,6 +70,10 @@ class Principal:
     @property
     def role(self) -> Role:
         return self.actor.role
+
+    def ending(self, end: End) -> AbstractContextManager[None]:
+        """While this is open, `end` is called with the reason once the caller's key opens nothing any more."""
+        return nullcontext() if self.revocation is None else self.revocation.watch(self.actor, end)
 
 
 def principal(connection: HTTPConnection) -> Principal:
@@ -145,6 +152,7 @@ class Access:
         self._loopback = is_loopback(config.host)
         self._origins = frozenset(map(_checked_origin, config.cors_origins))
         self._limits = None if catalog is None else Limits(catalog.keys, run=run)
+        self._revocation = None if catalog is None else Revocation(catalog.keys, run)
         self._run = run
         self._needs_key = config.api_key is not None
         self._look_at = float("-inf")
@@ -180,7 +188,7 @@ class Access:
             found = await self._run(self._catalog.keys.authenticate, given)
             if found is not None:
                 actor, key = found
-                return Principal(actor, key, await self._limits.meter(key))
+                return Principal(actor, key, await self._limits.meter(key), self._revocation)
         raise WrongKeyError(
             f"this server needs an API key, found {'none' if given is None else 'one that opens nothing'}",
             hint="send Authorization: Bearer <key>",
@@ -195,8 +203,10 @@ class Access:
         return self._needs_key
 
     def keys_changed(self) -> None:
-        """There may be a first key now."""
+        """There may be a first key now, and one that was there may open other things or none."""
         self._look_at = float("-inf")
+        if self._revocation is not None:
+            self._revocation.changed()
 
     async def flush(self) -> None:
         """Write what keys used to the catalog now."""
@@ -204,6 +214,8 @@ class Access:
             await self._limits.flush()
 
     async def close(self) -> None:
+        if self._revocation is not None:
+            await self._revocation.close()
         if self._limits is not None:
             await self._limits.close()
 

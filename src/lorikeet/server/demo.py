@@ -14,9 +14,10 @@ from lorikeet.data.formats import read_rows
 from lorikeet.errors import NotFoundError
 from lorikeet.registry.records import Actor, Job
 from lorikeet.server.auth import needs, principal
-from lorikeet.server.jobs import describe
+from lorikeet.server.following import describe
 from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
+from lorikeet.server.state import ServerState
 from lorikeet.server.submission import submit_training
 from lorikeet.server.validation import Body, parse, read_body
 
@@ -30,7 +31,7 @@ class DemoBody(Body):
     recipe: dict[str, Any] | None = None
 
 
-def routes(platform: Platform) -> APIRouter:
+def routes(state: ServerState, platform: Platform) -> APIRouter:
     router = APIRouter()
 
     @router.get("/api/demo")
@@ -55,7 +56,7 @@ def routes(platform: Platform) -> APIRouter:
     @needs("trainer")
     async def train_demo(request: Request, task: str) -> Response:
         """A training of this task in the repository of its name, with a dataset `demo-NAME`; both are made."""
-        raw = await read_body(request, 2**20)
+        raw = await read_body(request, state.config.max_body)
         body = parse(DemoBody, raw) if raw.strip() else DemoBody()
         key = request.headers.get("idempotency-key")
         job = await platform.run_slow(_train, platform, principal(request).actor, task, body.recipe or {}, key)

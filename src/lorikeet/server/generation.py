@@ -125,6 +125,12 @@ async def generate(engine: EngineClient, metrics: Metrics, job: Job) -> AsyncGen
     watch = metrics.start(job.model.label, len(job.tokens), digest=job.model.digest, tenant=job.caller.tenant)
     assembler = Assembler(job)
     outcome = "cancelled"
+    revoked: list[LorikeetError] = []
+
+    def revoke(error: LorikeetError) -> None:
+        revoked.append(error)
+        engine.cancel(job.request_id)  # the stream wakes up for the end of it
+
     try:
         request = Request(
             request_id=job.request_id, tokens=job.tokens, sampling=job.sampling, adapter=job.model.digest,
@@ -132,15 +138,18 @@ async def generate(engine: EngineClient, metrics: Metrics, job: Job) -> AsyncGen
         )  # fmt: skip
         stream = await engine.submit(request, job.model.folder)
         try:
-            async for event in stream:
-                watch.tokens(len(event.tokens))
-                delta = assembler.push(event)
-                if delta.finish is not None:
-                    outcome = delta.finish
-                    stream.close()  # before the text is sent: a stop string leaves the engine at work
-                yield delta
-                if delta.finish is not None:
-                    return
+            with job.caller.ending(revoke):
+                async for event in stream:
+                    if revoked:
+                        raise revoked[0]
+                    watch.tokens(len(event.tokens))
+                    delta = assembler.push(event)
+                    if delta.finish is not None:
+                        outcome = delta.finish
+                        stream.close()  # before the text is sent: a stop string leaves the engine at work
+                    yield delta
+                    if delta.finish is not None:
+                        return
         finally:
             stream.close()
     except LorikeetError as error:

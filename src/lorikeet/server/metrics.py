@@ -10,6 +10,8 @@ from lorikeet.engine.link import EngineClient
 from lorikeet.server.recent import Recent, Use
 from lorikeet.types import EngineStats
 
+MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"  # of a page
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _WELL = {"stop", "length"}

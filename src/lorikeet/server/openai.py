@@ -87,6 +87,15 @@ def routes(state: ServerState) -> APIRouter:
         body.check()
         return await _answer(request, state, await _chat_call(state, principal(request), body))
 
+    @router.post("/v1/embeddings")
+    @needs("user")
+    async def embeddings() -> Response:
+        raise InvalidRequestError(
+            "embeddings are not supported: the models here generate text",
+            hint="use a server of an embedding model",
+            code="unsupported_call",
+        )
+
     @router.get("/tokenizer_info")
     @needs("user")
     async def tokenizer_info() -> Response:
@@ -228,7 +237,7 @@ def _check_ids(tokens: list[int], vocab_size: int, param: str) -> None:
 
 
 async def _completion_call(state: ServerState, caller: Principal, body: CompletionBody) -> CompletionCall:
-    model = await state.models.get(body.model, caller.actor, token=body.api_token)
+    model = await state.models.get(body.model or None, caller.actor, token=body.api_token)
     texts, prompts = await _prompts(model, body.prompt)
     info = state.info
     for tokens in prompts:
@@ -371,7 +380,7 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 
 
 async def _chat_call(state: ServerState, caller: Principal, body: ChatBody) -> ChatCall:
-    model = await state.models.get(body.model, caller.actor, token=body.api_token)
+    model = await state.models.get(body.model or None, caller.actor, token=body.api_token)
     text = model.chat_prompt([message.plain() for message in body.messages or []])
     tokens = await model.encode(text, add_special_tokens=False)
     info = state.info

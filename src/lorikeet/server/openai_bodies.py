@@ -53,7 +53,7 @@ class StreamOptions(Body):
 class GenerationBody(Body):
     """What both routes take. Metadata that asks for no effect (`user`) is taken; what would have one is refused."""
 
-    model: str | None = None  # absent: the base
+    model: str | None = None  # absent, or empty as the `predibase` SDK sends it: the base
     api_token: ApiToken = None
     max_tokens: MaxTokens | None = None
     temperature: Temperature | None = None

@@ -53,6 +53,12 @@ def event(body: Any, *, space: bool = True) -> bytes:
     return b"data:" + (b" " if space else b"") + data + b"\n\n"
 
 
+def last_word(error: LorikeetError) -> dict[str, Any]:
+    """The message with which a stream of our own ends before what it tells of has."""
+    told = {"code": error.code, "message": error.message, "hint": error.hint, "retryable": error.retryable}
+    return {"type": "error", "error": told}
+
+
 def error_headers(error: LorikeetError) -> dict[str, str]:
     headers = {}
     if error.retry_after is not None or error.status in (429, 503):

@@ -11,9 +11,9 @@ from fastapi import APIRouter, Request, Response
 
 from lorikeet.errors import LorikeetError, NotFoundError
 from lorikeet.registry.records import DEFAULT_TENANT, Actor
-from lorikeet.server.auth import needs, principal
+from lorikeet.server.auth import Principal, needs, principal
 from lorikeet.server.recent import Use
-from lorikeet.server.replies import EventStreamResponse, event, json_reply
+from lorikeet.server.replies import EventStreamResponse, event, json_reply, last_word
 from lorikeet.server.state import ServerState
 from lorikeet.types import AdapterStats, EngineStats
 
@@ -36,17 +36,20 @@ def routes(state: ServerState) -> APIRouter:
     @needs("user")
     async def stream(request: Request) -> Response:
         """The same as server-sent events; the first alone has `history`."""
-        return EventStreamResponse(_events(state, principal(request).actor))
+        return EventStreamResponse(_events(state, principal(request)))
 
     return router
 
 
-async def _events(state: ServerState, who: Actor) -> AsyncGenerator[bytes]:
-    history = True
-    while state.engine.alive:
-        yield event(await _picture(state, who, history=history))
-        history = False
-        await asyncio.sleep(PERIOD)
+async def _events(state: ServerState, caller: Principal) -> AsyncGenerator[bytes]:
+    history, revoked = True, list[LorikeetError]()
+    with caller.ending(revoked.append):
+        while state.engine.alive and not revoked:
+            yield event(await _picture(state, caller.actor, history=history))
+            history = False
+            await asyncio.sleep(PERIOD)
+    for error in revoked:
+        yield event(last_word(error))
 
 
 async def _picture(state: ServerState, who: Actor, *, history: bool) -> Json:

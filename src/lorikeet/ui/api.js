@@ -99,7 +99,7 @@ export async function* stream(method, route, body, { signal } = {}) {
         const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("\n").trim();
         if (!data || data === "[DONE]") continue;
         const found = JSON.parse(data);
-        if (found.error && !found.type) throw asError(found.error, 200, "the stream ended with an error");
+        if (found.error && (found.type ?? "error") === "error") throw asError(found.error, 200, "the stream ended with an error");
         yield found;
       }
     }

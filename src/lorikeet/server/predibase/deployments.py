@@ -17,6 +17,7 @@ from lorikeet.errors import InvalidRequestError, NotFoundError
 from lorikeet.server import lorax, openai
 from lorikeet.server.auth import needs, principal
 from lorikeet.server.listing import Query
+from lorikeet.server.metrics import MEDIA_TYPE
 from lorikeet.server.platform import Platform
 from lorikeet.server.predibase.classify import classify
 from lorikeet.server.replies import json_reply, unless_gone
@@ -93,6 +94,26 @@ def _serving(state: ServerState, platform: Platform) -> APIRouter:
                 "data": [one.described(i) for i, one in enumerate(found)],
             }
         )
+
+    @router.post(SERVING + "/embed")
+    @needs("user")
+    async def embed() -> Response:
+        raise InvalidRequestError(
+            "client.embed is not supported: the models here generate text",
+            hint="use a server of an embedding model",
+            code="unsupported_call",
+        )
+
+    @router.get(SERVING + "/metrics")
+    @needs("user", operator=True)
+    async def metrics(request: Request) -> Response:
+        if "application/json" in request.headers.get("accept", ""):
+            raise InvalidRequestError(
+                "format: found 'json'; expected 'prometheus'",
+                hint="client.metrics(format='prometheus')",
+                param="format",
+            )
+        return Response(await state.metrics.page(state.engine), media_type=MEDIA_TYPE)
 
     for protocol in (lorax.routes(state), openai.routes(state)):
         for route in protocol.routes:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response, WebSocket
-from starlette.websockets import WebSocketDisconnect
 
 from lorikeet.data.formats import read_rows
-from lorikeet.errors import DataError, LorikeetError, UnsupportedFieldError
+from lorikeet.errors import DataError, UnsupportedFieldError
 from lorikeet.registry.records import Actor, Dataset, Job, JobMetric
-from lorikeet.server.auth import needs, principal
+from lorikeet.server.auth import Principal, needs, principal
+from lorikeet.server.following import Cursor, looks, speak
 from lorikeet.server.listing import Query
 from lorikeet.server.platform import Platform
 from lorikeet.server.predibase import records
@@ -25,9 +26,6 @@ from lorikeet.server.replies import json_reply
 from lorikeet.server.state import ServerState
 from lorikeet.server.submission import submit_training
 from lorikeet.server.validation import Body, EmptyObjectOnly, parse, read_body
-
-POLL_SECONDS = 0.5
-PAGE = 1000  # metrics lines of one look
 
 
 class CostBody(Body):
@@ -107,7 +105,9 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
     @router.websocket("/v2/finetuning/jobs/{job}/metrics/stream")
     @needs("user")
     async def stream(socket: WebSocket, job: str) -> None:
-        await _stream(socket, platform, principal(socket).actor, job)
+        caller = principal(socket)
+        await platform.run(catalog.jobs.get, caller.actor, job)
+        await speak(socket, _told(platform, caller, job), word=None)
 
     return router
 
@@ -154,47 +154,18 @@ def _labels(platform: Platform, who: Actor, dataset: Dataset) -> list[str]:
 # --- watch --------------------------------------------------------------------------------------------------------
 
 
-async def _stream(socket: WebSocket, platform: Platform, who: Actor, job_id: str) -> None:
-    """From the first line on, so that a client that connects again misses nothing; ends with the job."""
-    await platform.run(platform.catalog.jobs.get, who, job_id)
-    await socket.accept()
-    leaving = asyncio.create_task(_until_left(socket))
-    after, progress = 0, Progress()
-    try:
-        while not leaving.done():
-            ended, lines, job = await platform.run(_look, platform, who, job_id, after)
-            for line in lines:
-                after = line.id
+async def _told(platform: Platform, caller: Principal, job_id: str) -> AsyncGenerator[dict[str, Any] | None]:
+    """From the first line on, so that a client that connects again misses nothing, to the end of the job."""
+    progress, job = Progress(), None
+    async with aclosing(looks(platform, caller, job_id, Cursor())) as found:
+        async for look in found:
+            job = look.job
+            for line in look.metrics:
                 if progress.add(line, job):
-                    await socket.send_json(progress.message(job, checkpoint=True))
-            if lines:
-                await socket.send_json(progress.message(job))
-            if ended and len(lines) < PAGE:
-                await socket.send_json(progress.message(job, completed=True))
-                await socket.close()
-                return
-            if len(lines) < PAGE:
-                await asyncio.sleep(POLL_SECONDS)
-    except (WebSocketDisconnect, RuntimeError):
-        pass  # the client is gone
-    except LorikeetError as error:  # the job went away, or the caller's right to it
-        await socket.close(code=1011, reason=error.code)
-    finally:
-        leaving.cancel()
-        await asyncio.wait([leaving])
-
-
-async def _until_left(socket: WebSocket) -> None:
-    with suppress(WebSocketDisconnect, RuntimeError):
-        while True:
-            await socket.receive_text()
-
-
-def _look(platform: Platform, who: Actor, job_id: str, after: int) -> tuple[bool, list[JobMetric], Job]:
-    """Whether the job had ended before these lines were read, and the job as it was after that."""
-    jobs = platform.catalog.jobs
-    ended = jobs.get(who, job_id).ended
-    return ended, jobs.metrics(who, job_id, after=after, limit=PAGE), jobs.get(who, job_id)
+                    yield progress.message(job, checkpoint=True)
+            yield progress.message(job) if look.metrics else None
+    if job is not None:
+        yield progress.message(job, completed=True)
 
 
 class Progress:

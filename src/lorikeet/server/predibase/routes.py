@@ -38,14 +38,14 @@ def error_shape(path: str) -> Callable[[LorikeetError], Json] | None:
     """How an error is told on this path; None where the path is none of this protocol's."""
     within = deployments.below(path)
     if within is not None:
-        return lorax.error_body if within in (*lorax.PATHS, "/classify") else openai.error_body
+        return lorax.error_body if within in (*lorax.PATHS, "/classify", "/embed", "/metrics") else openai.error_body
     return partial(error_body, path=path) if _OWN.fullmatch(path) is not None else None
 
 
 def error_body(error: LorikeetError, path: str) -> Json:
-    """`error` is what the SDK shows: words, except for a download, where it wants an object."""
+    """`error` is what the SDK shows: words, except for what it downloads, where it wants an object."""
     words = str(error)
-    shown: Any = {"message": words} if path.endswith("/download") else words
+    shown: Any = {"message": words} if path.endswith(("/download", "/request-logs")) else words
     return {"error": shown, "code": error.code, "param": error.param, "retryable": error.retryable}
 
 
