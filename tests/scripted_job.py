@@ -1,6 +1,7 @@
 """A job process that trains nothing: a step is a nap. Its checkpoint is the number of steps, its adapter a fixed one.
 
-`epochs` of the recipe are the steps; `{"description": "die at 5"}` kills it at step 5 of its first attempt.
+`epochs` of the recipe are the steps; `{"description": "die at 5"}` kills it at step 5 of its first attempt, and
+`{"description": "hold 300 at 5"}` has it take 300 MiB at step 5 of each.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lorikeet.job.reporter import Pulse, Reporter
 from lorikeet.registry.home import Home, open_home
 
 STEP_SECONDS = 0.02
+HELD: list[np.ndarray] = []
 
 
 def write_adapter(folder: Path, seed: int = 0) -> Path:
@@ -75,6 +77,9 @@ def advance(home: Home, reporter: Reporter, joined: int) -> bool:
     dying = re.search(r"die at (\d+)", job.description)
     if dying and job.attempts == 1 and step >= int(dying[1]):
         os.kill(os.getpid(), signal.SIGKILL)
+    holding = re.search(r"hold (\d+) at (\d+)", job.description)
+    if holding and step >= int(holding[2]) and not HELD:
+        HELD.append(np.ones(int(holding[1]) * 2**20, np.uint8))
     if step < steps:
         return True
     try:

@@ -47,7 +47,8 @@ def jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 def make(server: Hosted, repo: str, dataset: str = "colours", test: bool = True) -> None:
     """A repository, and the dataset if it is not there."""
-    assert server.post("/api/repos", {"name": repo, "exists_ok": True}).status_code == 201
+    made = server.post("/api/repos", {"name": repo, "exists_ok": True})
+    assert made.status_code == 201, made.text
     files = {"file": ("train.jsonl", jsonl(ROWS))} | ({"test": ("test.jsonl", jsonl(TEST_ROWS))} if test else {})
     reply = server.http.post("/api/datasets", data={"name": dataset}, files=files)
     assert reply.status_code == 201, reply.text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from lorikeet.engine.lifeline import die_with_parent
@@ -20,6 +21,7 @@ from lorikeet.registry.home import Home, open_home
 def main() -> None:
     die_with_parent()
     os.nice(NICENESS)
+    go_first_when_memory_ends()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     orders = read_orders(Path(sys.argv[1]))
@@ -28,6 +30,12 @@ def main() -> None:
         run(orders, home)
     finally:
         home.close()
+
+
+def go_first_when_memory_ends() -> None:
+    """Of this and what it starts: a job can be tried again, a server that is killed takes everybody's work along."""
+    with suppress(OSError):  # not Linux
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def run(orders: Orders, home: Home) -> None:

@@ -17,6 +17,7 @@ from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.records import Actor, Dataset, Job, JobRequest
 from lorikeet.registry.references import parse_reference
 from lorikeet.server.estimate import gains_from_company, training_memory
+from lorikeet.server.job_memory import gib
 from lorikeet.template import Template
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def submit_training(
     memory = training_memory(folder, load_spec(folder), adapter, train.rows, train.bytes)
     if memory.total > platform.job_memory:
         raise ConfigError(
-            f"memory: this training needs about {_gib(memory.total)}, and jobs may use {_gib(platform.job_memory)}",
+            f"memory: this training needs about {gib(memory.total)}, and jobs may use {gib(platform.job_memory)}",
             hint="lower batch_rows or rank, or start the server with a larger --job-memory", param="batch_rows",
         )  # fmt: skip
     assert adapter.batch_rows is not None
@@ -175,7 +176,3 @@ def _check_columns(adapter: AdapterRecipe, data: Dataset, convert: str | None) -
 def _join_key(who: Actor, base_sha256: str) -> str:
     """Low-rank trainings of one tenant on one base can share their forward passes, whatever their settings."""
     return hashlib.sha256(f"lora:{who.tenant}:{base_sha256}".encode()).hexdigest()[:32]
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -1,7 +1,8 @@
 """Runs the jobs of the queue: claims them, starts a process for those that run together, and watches it.
 
 A process holds its jobs by leases that it extends itself. Whatever becomes of it, each of its jobs ends, goes back to
-the queue with its checkpoint, or is claimed again when its lease has run out. A server that was killed took its job
+the queue with its checkpoint, or is claimed again when its lease has run out. One that holds more memory than it may
+is killed, see `job_memory`. A server that was killed took its job
 processes along; the next one gives back what they held before it claims anything.
 """
 
@@ -12,6 +13,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from lorikeet.engine.lifeline import child_command
 from lorikeet.errors import LeaseLostError, LorikeetError
 from lorikeet.job.orders import Orders, log_path, orders_folder, read_orders
 from lorikeet.registry.records import Actor, Job, Lease
+from lorikeet.server import job_memory
 from lorikeet.server.submission import follow_up
 from lorikeet.types import ErrorInfo
 
@@ -35,17 +38,24 @@ LOOK_SECONDS = 1.0
 STOP_SECONDS = 60.0  # after which a process that does not stop a job is killed
 LEAVE_SECONDS = 20.0  # for the checkpoints of all jobs when the server stops
 LAST_LINES = 20  # of what a process said before it broke down, for its jobs' logs
+_KILLED = "where nobody killed it, the machine may have had no memory left: see the kernel's log, lower --job-memory"
 
 
 @dataclass(slots=True)
 class _Run:
-    """A job process. `over` are the ids of its jobs whose end was seen."""
+    """A job process. `over` are the ids of its jobs whose end was seen.
+
+    Bytes: `memory` is what it was estimated to need, `held` what it holds; `excess` is what it held and what it was
+    allowed when that was too much.
+    """
 
     process: asyncio.subprocess.Process
     orders: Path
     output: Path
     leases: list[Lease]
     memory: int
+    held: int = 0
+    excess: tuple[int, int] | None = None
     over: set[str] = field(default_factory=set)
     stopping: dict[str, float] = field(default_factory=dict)
 
@@ -64,21 +74,25 @@ class Supervisor:
         self._wake = asyncio.Event()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     # --- life -------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._platform.run_slow(self._take_back)
-        self._task = asyncio.create_task(self._supervise(), name="supervisor")
+        self._tasks = [
+            asyncio.create_task(self._supervise(), name="supervisor"),
+            asyncio.create_task(self._watch_memory(), name="memory of jobs"),
+        ]
 
     async def stop(self) -> None:
         """Have all jobs write their checkpoints and go back to the queue."""
         self._stopping = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         for run in self._runs:
             with contextlib.suppress(ProcessLookupError):
                 run.process.terminate()
@@ -150,9 +164,27 @@ class Supervisor:
                         log.error("job %s does not stop; its process is killed", job.id)
                         run.process.kill()
 
+    async def _watch_memory(self) -> None:
+        """Kill a process that holds more memory than it may, before the machine has none left for the others."""
+        while True:
+            await asyncio.sleep(job_memory.LOOK_SECONDS)
+            for run in [one for one in self._runs if one.process.returncode is None and one.excess is None]:
+                others = sum(one.memory for one in self._runs if one is not run)
+                most = job_memory.allowed(run.memory, others, self._platform.job_memory)
+                try:
+                    run.held = await asyncio.to_thread(job_memory.held, run.process.pid, most)
+                except Exception:
+                    log.exception("the memory of job process %d could not be read", run.process.pid)
+                    continue
+                if run.held > most:
+                    run.excess = (run.held, most)
+                    log.error("job process %d holds %d bytes of at most %d; it is killed", run.process.pid, *run.excess)
+                    with contextlib.suppress(ProcessLookupError):
+                        run.process.kill()
+
     async def _start_next(self) -> bool:
         """Start the next jobs of the queue that there is memory for; False where there are none."""
-        left = self._platform.job_memory - sum(run.memory for run in self._runs)
+        left = self._platform.job_memory - sum(max(run.memory, run.held) for run in self._runs)
         leases, memory = await self._platform.run(self._claim, left)
         if not leases:
             return False
@@ -214,19 +246,26 @@ class Supervisor:
         """A process is gone: what it did not bring to an end has broken down with it."""
         code = run.process.returncode
         lines = _tail(run.output)
+        error = ErrorInfo(
+            code="job_process_died", message=f"its process ended ({_exit_text(code)}) before the job had",
+            retryable=True, hint=_KILLED if code == -signal.SIGKILL else None,
+        )  # fmt: skip
+        together = len(run.leases) - len(run.over)
         for lease in run.leases:
-            reason = f"its process ended ({_exit_text(code)}) before the job had"
+            if run.excess is not None:
+                error = job_memory.too_much(lease.job, together, *run.excess)
             try:
                 if self._stopping:  # it was told to leave before it could listen, or took too long
                     self._jobs.release(lease, "the server stops; goes on from the last checkpoint")
                     continue
-                self._jobs.fail(lease, ErrorInfo(code="job_process_died", message=reason, retryable=True))
+                self._jobs.fail(lease, error)
             except LeaseLostError:
                 if lease.job.id not in run.over:
                     self._follow_up(lease.job)
                 continue
-            log.error("job %s: %s", lease.job.id, reason)
-            _append(log_path(self._folder, lease.job.id), [f"{reason}; the last it said:", *lines])
+            log.error("job %s: %s", lease.job.id, error.message)
+            said = [f"{error.message}" + (f" ({error.hint})" if error.hint else ""), "the last its process said:"]
+            _append(log_path(self._folder, lease.job.id), [*said, *lines])
         run.orders.unlink(missing_ok=True)
         run.output.unlink(missing_ok=True)
 
