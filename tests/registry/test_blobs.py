@@ -6,7 +6,10 @@ import hashlib
 import io
 import logging
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +31,7 @@ from lorikeet.errors import (
     SourceError,
 )
 from lorikeet.registry import blobs as blobs_module
-from lorikeet.registry import objects
+from lorikeet.registry import multipart, objects
 from lorikeet.registry.blobs import BlobStore, DamagedBlobError, checked_path
 from lorikeet.registry.catalog import Catalog
 from lorikeet.registry.ledger import DOOMED_SECONDS
@@ -250,6 +253,158 @@ def test_a_fetch_goes_on_where_it_ended(
         store.materialise(manifest.sha256)
     assert contents(store.materialise(manifest.sha256)) == FILES
     assert starts == [0, 1_000_000, 2_000_000, 2_000_000]
+
+
+# --- to S3 in parts -----------------------------------------------------------------------------------------------
+
+MIB = 2**20
+LARGE = hashlib.sha256(b"large").digest() * (16 * MIB // 32 + 1)  # four parts of 5 MiB, the least that S3 takes
+LARGE_SHA = hashlib.sha256(LARGE).hexdigest()
+KEY = f"some/prefix/{LARGE_SHA[:2]}/{LARGE_SHA}"
+
+
+@pytest.fixture
+def requests(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Of parts of 5 MiB, one at a time: each request for S3 by its name, and the number of its part."""
+    import fsspec
+
+    monkeypatch.setattr(multipart, "PART", 5 * MIB)
+    monkeypatch.setattr(multipart, "AT_ONCE", 1)
+    kind, seen = fsspec.get_filesystem_class("s3"), list[tuple[str, int]]()
+    call = kind.call_s3
+
+    def noted(self: Any, method: str, **kwargs: Any) -> Any:
+        seen.append((method, kwargs.get("PartNumber", 0)))
+        return call(self, method, **kwargs)
+
+    monkeypatch.setattr(kind, "call_s3", noted)
+    return seen
+
+
+def under_way(bucket: Any) -> list[str]:
+    return [one["Key"] for one in bucket.list_multipart_uploads(Bucket="blobs").get("Uploads", [])]
+
+
+def stored(bucket: Any) -> bytes:
+    body: bytes = bucket.get_object(Bucket="blobs", Key=KEY)["Body"].read()
+    return body
+
+
+def test_an_upload_goes_on_with_its_next_part(
+    bucket: Any, requests: list[tuple[str, int]], sqlite: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    kind = fsspec.get_filesystem_class("s3")
+    noted = kind.call_s3
+
+    def breaking(self: Any, method: str, **kwargs: Any) -> Any:
+        found = noted(self, method, **kwargs)
+        if kwargs.get("PartNumber") == 3 and requests.count(("upload_part", 3)) == 1:
+            raise ConnectionResetError("the connection broke")  # the part has arrived, and nobody was told
+        return found
+
+    monkeypatch.setattr(kind, "call_s3", breaking)
+    upload = BlobStore("s3://blobs/some/prefix", tmp_path, sqlite.ledger).begin("one")
+    upload.write(LARGE)
+    with pytest.raises(SourceError, match="the connection broke"):
+        upload.finish()
+    assert under_way(bucket) == [KEY]
+    again = BlobStore("s3://blobs/some/prefix", tmp_path, sqlite.ledger).begin("one")
+    assert again.finish(LARGE_SHA).bytes == len(LARGE)
+    assert [number for method, number in requests if method == "upload_part"] == [1, 2, 3, 4]
+    assert stored(bucket) == LARGE and under_way(bucket) == []
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+import fsspec
+from lorikeet.registry import multipart
+from lorikeet.registry.blobs import BlobStore
+
+class Ledger:
+    def announce(self, sha256, size):
+        return True
+
+kind = fsspec.get_filesystem_class("s3")
+call = kind.call_s3
+def dying(self, method, **kwargs):
+    if kwargs.get("PartNumber") == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(self, method, **kwargs)
+kind.call_s3, multipart.PART, multipart.AT_ONCE = dying, 5 * 2**20, 1
+BlobStore("s3://blobs/some/prefix", Path(sys.argv[1]), Ledger()).put(Path(sys.argv[2]))
+"""
+
+
+def test_an_upload_goes_on_after_kill_9(
+    bucket: Any, requests: list[tuple[str, int]], sqlite: Catalog, tmp_path: Path
+) -> None:
+    (tmp_path / "large").write_bytes(LARGE)
+    command = [sys.executable, "-c", DYING, str(tmp_path), str(tmp_path / "large")]
+    assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
+    assert under_way(bucket) == [KEY]
+    BlobStore("s3://blobs/some/prefix", tmp_path, sqlite.ledger).put(tmp_path / "large")
+    assert [number for method, number in requests if method == "upload_part"] == [3, 4]
+    assert stored(bucket) == LARGE and under_way(bucket) == []
+
+
+def test_two_put_the_same_at_once(
+    bucket: Any, requests: list[tuple[str, int]], sqlite: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multipart, "AT_ONCE", 2)
+    store = BlobStore("s3://blobs/some/prefix", tmp_path, sqlite.ledger)
+    failures: list[BaseException] = []
+
+    def put() -> None:
+        try:
+            assert store.put(LARGE).sha256 == LARGE_SHA
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=put) for _ in range(3)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join(60)
+    assert failures == [] and stored(bucket) == LARGE
+    assert b"".join(store.read(LARGE_SHA)) == LARGE
+
+
+def test_parts_that_nobody_goes_on_with(
+    bucket: Any, requests: list[tuple[str, int]], sqlite: Catalog, tmp_path: Path
+) -> None:
+    """Of another size they are sent again; after a day they go, with whatever nobody came back to."""
+    begun = bucket.create_multipart_upload(Bucket="blobs", Key=KEY)["UploadId"]
+    bucket.upload_part(Bucket="blobs", Key=KEY, UploadId=begun, PartNumber=1, Body=b"x" * 100)
+    store = BlobStore("s3://blobs/some/prefix", tmp_path, sqlite.ledger)
+    store.put(LARGE)
+    assert stored(bucket) == LARGE and ("upload_part", 1) in requests
+    bucket.create_multipart_upload(Bucket="blobs", Key=f"{KEY}0")
+    bucket.create_multipart_upload(Bucket="blobs", Key="another/prefix")
+    store._objects.abandon(0.0)
+    assert len(under_way(bucket)) == 2
+    store._objects.abandon(time.time() + 60)
+    assert under_way(bucket) == ["another/prefix"]
+
+
+def test_a_store_that_does_not_tell_what_is_under_way(
+    bucket: Any, requests: list[tuple[str, int]], sqlite: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    kind = fsspec.get_filesystem_class("s3")
+    noted = kind.call_s3
+
+    def closed(self: Any, method: str, **kwargs: Any) -> Any:
+        if method.startswith("list_multipart"):
+            raise PermissionError("Access Denied")
+        return noted(self, method, **kwargs)
+
+    monkeypatch.setattr(kind, "call_s3", closed)
+    BlobStore("s3://blobs/some/prefix", tmp_path, sqlite.ledger).put(LARGE)
+    assert stored(bucket) == LARGE
 
 
 def test_stores_that_cannot_be(sqlite: Catalog, tmp_path: Path, bucket: Any) -> None:

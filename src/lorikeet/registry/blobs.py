@@ -316,6 +316,7 @@ class BlobStore:
                 self._ledger.forget(sha256)
                 count += 1
         self._remove_stale()
+        self._objects.abandon(self._clock() - STALE_SECONDS)
         return count
 
     def trim(self, budget: int) -> None:

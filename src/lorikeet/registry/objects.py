@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from lorikeet.errors import ConfigError, DiskFullError, LorikeetError, SourceError
+from lorikeet.registry import multipart
 
 CHUNK = 2**20
 WINDOW = 8 * 2**20  # bytes of one request to an object store
@@ -37,6 +38,9 @@ class Objects(Protocol):
 
     def set_aside(self, sha256: str) -> None:
         """It is damaged: let another one take its place."""
+
+    def abandon(self, before: float) -> None:
+        """Let go of what is on its way since before this time (seconds since the epoch)."""
 
 
 class LocalObjects:
@@ -77,9 +81,15 @@ class LocalObjects:
         with suppress(FileNotFoundError):
             self.path(sha256).rename(self.staging / f"damaged-{sha256}.{secrets.token_hex(4)}")
 
+    def abandon(self, before: float) -> None:
+        """Nothing is: files are renamed into place."""
+
 
 class RemoteObjects:
-    """`url/ab/<sha256>` in an object store. An object there appears when its upload is complete."""
+    """`url/ab/<sha256>` in an object store. An object there appears when its upload is complete.
+
+    To S3 an upload that broke off goes on with its next part; to others it begins again.
+    """
 
     def __init__(self, url: str, staging: Path, options: dict[str, Any] | None = None) -> None:
         self.staging = staging
@@ -97,14 +107,23 @@ class RemoteObjects:
             return None
 
     def land(self, staged: Path, sha256: str) -> None:
+        size = staged.stat().st_size
         try:
-            self._call(lambda: self._fs.put_file(str(staged), self._path(sha256)))
-        except FileNotFoundError as error:
-            raise SourceError(f"{self._url}: {error}", hint="make the bucket first") from error
-        size, found = staged.stat().st_size, self.size(sha256)
+            self._upload(staged, sha256)
+        except (FileNotFoundError, SourceError) as error:
+            if self.size(sha256) != size:  # else somebody else has put the same meanwhile
+                raise SourceError(f"{self._url}: {error}", hint="make the bucket first, or try again") from error
+        found = self.size(sha256)
         if found != size:
             raise SourceError(f"{self._url}: {sha256} has {found} bytes after its upload, expected {size}")
         staged.unlink()
+
+    def _upload(self, staged: Path, sha256: str) -> None:
+        path = self._path(sha256)
+        if multipart.is_s3(self._fs):
+            self._call(lambda: multipart.upload(self._fs, path, staged))
+        else:
+            self._call(lambda: self._fs.put_file(str(staged), path))
 
     def read(self, sha256: str, start: int = 0) -> Iterator[bytes]:
         size = self.size(sha256)
@@ -128,6 +147,10 @@ class RemoteObjects:
 
     def set_aside(self, sha256: str) -> None:
         self.remove(sha256)
+
+    def abandon(self, before: float) -> None:
+        if multipart.is_s3(self._fs):
+            self._call(lambda: multipart.abandon(self._fs, self._root, before))
 
     def _call(self, work: Callable[[], Any]) -> Any:
         """What the store says, in our words; its file system has tried again itself."""
