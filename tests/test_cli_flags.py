@@ -38,6 +38,7 @@ ENGINE = {
     "device": "cpu",
     "dtype": "float32",
     "quantize": "int8",
+    "tensor_parallel": 2,
     "threads": 3,
     "max_seqs": 5,
     "step_tokens": 99,
@@ -52,6 +53,7 @@ OFF = {"fair": "--no-fair"}
 TENANT = {"tenant_queue": ("--tenant-queue=4", 4), "tenant_weights": ("--tenant-weight=acme=2", {"acme": 2.0})}
 SOURCES = {
     "allow_private": ("--allow-private-sources", True),
+    "use_proxy": ("--source-proxy", True),
     "s3_endpoint": ("--s3-endpoint=http://s3", "http://s3"),
     "max_bytes": ("--max-adapter-bytes=1MiB", 2**20),
     "cache_bytes": ("--download-disk=2MiB", 2**21),

@@ -81,7 +81,8 @@ class StepFlags:
     quantize: Annotated[
         str,
         typer.Option(
-            help="none | int8: hold the base's linear layers in int8, half the bytes of bf16.", rich_help_panel=ENGINE
+            help="none | int8 (on a CPU) | fp8 (on a GPU): hold the base's linear layers in half the bytes of bf16.",
+            rich_help_panel=ENGINE,
         ),
     ] = "none"
     threads: Annotated[
@@ -108,6 +109,14 @@ class EngineFlags(StepFlags):
         int | None,
         typer.Option(help="Longest prompt + answer; default: the model's.", min=1, rich_help_panel=ENGINE),
     ] = None
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            help="GPUs that hold the base together: 1, 2, 4 or 8. Budgets of memory are of each.",
+            min=1,
+            rich_help_panel=ENGINE,
+        ),
+    ] = 1
     kv_memory: Annotated[
         str | None, typer.Option(help="Budget of keys and values, such as 2GiB.", rich_help_panel=ENGINE)
     ] = None
@@ -195,6 +204,14 @@ class SourceFlags:
             rich_help_panel=SOURCES,
         ),
     ] = False
+    source_proxy: Annotated[
+        bool,
+        typer.Option(
+            "--source-proxy",
+            help="Fetch from the hub and https through the proxy of HTTPS_PROXY, but for hosts in NO_PROXY.",
+            rich_help_panel=SOURCES,
+        ),
+    ] = False
     s3_endpoint: Annotated[
         str | None, typer.Option(help="URL of an S3-compatible store; default: AWS.", rich_help_panel=SOURCES)
     ] = None
@@ -219,6 +236,7 @@ class SourceFlags:
 
         return SourceConfig(
             allow_private=self.allow_private_sources,
+            use_proxy=self.source_proxy,
             s3_endpoint=self.s3_endpoint,
             max_bytes=parse_size(self.max_adapter_bytes, "--max-adapter-bytes"),
             cache_bytes=parse_size(self.download_disk, "--download-disk"),
@@ -270,7 +288,7 @@ class HttpFlags:
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "quantize": ("none", "int8"),
+    "quantize": ("none", "int8", "fp8"),
     "adapter_dtype": ("auto", "float32", "bfloat16"),
 }
 SIZES = ("kv_memory", "adapter_memory", "adapter_host_memory", "adapter_disk")

@@ -308,10 +308,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "lorikeet-nano"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 only where the device has it natively
-    quantize: Literal["none", "int8"] = "none"  # of the base's linear layers: weights only, products stay bf16
+    # Of the linear layers of the base. int8, on a CPU: weights only, products stay bf16; fp8, on a GPU: inputs as well
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    tensor_parallel: int = 1  # GPUs that hold the base together: 1, 2, 4 or 8; memory is of each of them
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as dtype
     adapter_memory: int | None = None
-    adapter_host_memory: int | None = None  # refused on CPU: there is no second tier of memory
+    adapter_host_memory: int | None = None  # pinned, behind a GPU; refused on a CPU: there is no second tier of memory
     adapter_disk: int | None = None
     kv_memory: int | None = None
     block_size: int = 16
@@ -332,6 +334,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How adapters are fetched from elsewhere. Sizes in bytes, times in seconds."""
 
     allow_private: bool = False  # addresses that are not public, and http
+    use_proxy: bool = False  # the hub and https through $HTTPS_PROXY, but for the hosts of $NO_PROXY
     s3_endpoint: str | None = None  # of an S3-compatible store; None: AWS
     max_bytes: int = 4 * 2**30  # of one adapter
     cache_bytes: int = 20 * 2**30  # of all downloads; the longest unused go first
