@@ -56,7 +56,7 @@ SPECS = {
 }  # fmt: skip
 BASE = BaseIdentity(name="random", sha256="0" * 64, tokenizer_sha256="0" * 64, stop_ids=())
 DECODE_BAR, ADAPTER_BAR, PREFILL_BAR = 1.25, 0.90, 0.60  # of the floor, of the floor ratio, of the matrix rate
-CONTEXT_SLACK = 64  # tokens
+CONTEXT_SLACK = 16  # tokens
 
 
 # --- clocks -------------------------------------------------------------------------------------------------------

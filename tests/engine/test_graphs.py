@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,7 +167,35 @@ def test_a_rank_beyond_all_graphs_runs_kernel_by_kernel() -> None:
         tokens=one, positions=one, query_start=torch.tensor([0, 1]), kv_len=one.int() + 1, max_query=1, max_kv=1,
         block_table=one.int().view(1, 1), cache_slot=one, token_segments=Segments(one, [0, 1], [0], True),
     )  # fmt: skip
-    for rank, expected in ((RANKS[0], RANKS[0]), (RANKS[0] + 1, RANKS[1]), (RANKS[1], RANKS[1]), (RANKS[1] + 1, None)):
+    for rank, expected in ((0, RANKS[0]), (RANKS[0], RANKS[0]), (RANKS[0] + 1, RANKS[1]), (RANKS[-1] + 1, None)):
         slab.table[0, 0, 4] = rank
         kind = graphs.kind(batch)
         assert (kind and kind.rank) == expected
+
+
+def test_the_kernels_of_a_gpu_read_static_tables(world: Any, device: str) -> None:
+    """The very kernels and tables that a graph is captured with, other adapters in each step."""
+    if device != "cpu":
+        pytest.skip("the tiny base lies on the CPU")
+    from lorikeet.kernels.gpu import GpuOps
+
+    kinds = []
+
+    class Graphed(GpuOps):
+        def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Any:
+            graphs = DecodeGraphs(super().prepare(forward, slab, cache, rows), slab, cache, rows, again)
+
+            def step(batch: Batch) -> Tensor:
+                kinds.append(graphs.kind(batch))
+                return graphs(batch)
+
+            return step
+
+    infos = [world.adapter(31, 3), world.adapter(33, 5, ("q", "up"), scaled=True)]
+    digests = [infos[0].digest, None, infos[1].digest]
+    requests = [world.request(f"{i}", [5, 6 + i], digest, max_tokens=4 - i) for i, digest in enumerate(digests)]
+    answers = world.run(world.engine(infos, ops=Graphed()), requests)
+    for request in requests:
+        expected = world.greedy(request.tokens, request.sampling.max_tokens, request.adapter)
+        assert answers[request.request_id].tokens == expected
+    assert {kind.scaled for kind in kinds if kind} == {True, False}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lorikeet.kernels.gpu_tables import DeviceSegments, highest_rank
 log = logging.getLogger(__name__)
 
 LARGEST = 512  # sequences of a captured step
-RANKS = (64, 512)  # a graph is captured for adapters of up to so many: its launches are as large as it may need them
+RANKS = (16, 64, 512)  # up to which a graph is captured: its launches are as large as it may need them
 
 Step = Callable[[Batch], Tensor]
 Replay = Callable[[], None]
@@ -174,7 +174,7 @@ class CudaCapture:
     """Captures steps into CUDA graphs that share their memory: only one of them runs at a time."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # what torch calls it differs from version to version
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Run `step` twice, so that its kernels are compiled and libraries have what they need, then capture it."""
