@@ -22,10 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
+from typing import Any
 
 import torch
 
 from lorikeet.kernels.batch import DeviceTable, Segments, Slab
+from lorikeet.kernels.gpu_tables import LONGEST_DECODE, tables_of
 from lorikeet.types import Site, SiteGroup
 
 PRODUCTS = {
@@ -180,7 +182,6 @@ class Layers:
 
     def lowrank(self) -> None:
         from lorikeet.kernels.gpu_lowrank import lowrank_add
-        from lorikeet.kernels.gpu_tables import tables_of
 
         tables = tables_of(self.segments, self.slab)
         for i, group in enumerate(self.groups):
@@ -192,7 +193,6 @@ class Layers:
 
     def both(self) -> None:
         from lorikeet.kernels.gpu_lowrank import lowrank_add
-        from lorikeet.kernels.gpu_tables import tables_of
 
         tables = tables_of(self.segments, self.slab)
         for i, group in enumerate(self.groups):
@@ -277,26 +277,44 @@ def settings(**values: object) -> Iterator[None]:
 
 def variants() -> Iterator[tuple[str, dict[str, object]]]:
     """Other block sizes for decode, one pass changed at a time."""
-    from lorikeet.kernels.gpu_lowrank import Shrink
+    from lorikeet.kernels import gpu_lowrank
 
-    def shrink(block_k: int, warps: int) -> Callable[..., Shrink]:
-        return lambda tiles, block_m, sites, d_in, rank, wide: Shrink(
-            True, 16, block_k, block_k, -(-d_in // block_k), warps
+    shrink, expand = gpu_lowrank.plan_shrink, gpu_lowrank.plan_expand
+
+    def changed(plan: Callable[..., Any], fields: dict[str, int]) -> Callable[..., Any]:
+        return lambda *shape: plan(*shape)._replace(**fields)
+
+    def longer(steps: int) -> Callable[..., Any]:
+        def plan(tiles: int, block_m: int, sites: int, d_in: int, rank: int, wide: bool) -> Any:
+            planned = shrink(tiles, block_m, sites, d_in, rank, wide)
+            return planned._replace(steps=steps, splits=-(-d_in // (planned.block_k * steps)))
+
+        return plan
+
+    for steps in (1, 2, 4, 8, 16, 32):
+        yield f"shrink {steps} steps", {"plan_shrink": longer(steps)}
+    for warps, stages in product((1, 2, 4), (2, 3, 4, 6)):
+        yield (
+            f"shrink {warps} warps, {stages} stages",
+            {"plan_shrink": changed(shrink, {"warps": warps, "stages": stages})},
         )
-
-    for block_k, warps in product((256, 512, 1024), (2, 4, 8)):
-        yield f"shrink {block_k} columns, {warps} warps", {"plan_shrink": shrink(block_k, warps)}
-    for columns, warps in product((64, 128, 256, 512), (1, 2, 4)):
-        yield f"expand {columns} columns, {warps} warps", {"plan_expand": lambda *_, c=columns, w=warps: (c, w)}
-    for few in (0, 1, 2, 8, 16):
-        yield f"up to {few} rows one by one", {"FEW": few}
+    for block_n, steps in product((64, 128, 256, 512), (1, 2, 4, 8)):
+        yield (
+            f"expand {block_n} columns, {steps} steps",
+            {"plan_expand": changed(expand, {"block_n": block_n, "steps": steps})},
+        )
+    for warps, stages in product((2, 4, 8), (2, 3, 4, 6)):
+        yield (
+            f"expand {warps} warps, {stages} stages",
+            {"plan_expand": changed(expand, {"warps": warps, "stages": stages})},
+        )
 
 
 def sweep(case: Case, device: Device, repeats: int) -> dict[str, float]:
     """Microseconds of each variant; decode only."""
-    layers = Layers(case, case.layers(device.cache))
-    if max(case.lengths) > 16:
+    if max(case.lengths) > LONGEST_DECODE:
         return {}
+    layers = Layers(case, case.layers(device.cache))
     found = {"as planned": microseconds(layers.lowrank, repeats) / layers.count}
     for name, values in variants():
         with settings(**values):

@@ -4,9 +4,9 @@
 programs; *expand* adds these up, multiplies by s B and adds the result into y, rounded once. Each program takes the
 rows of one tile (`gpu_tables`) and one site, and leaves at once where the tile is empty or the adapter has nothing.
 
-With few rows the time is that of reading A and B, each once for up to 16 rows: rows of A and B are read along d, 16
-bytes a thread. A is held in registers, so that one to `FEW` rows are multiplied as they come, without the padding that
-matrix units need. With many rows (prefill) both passes are matrix products over tiles of 64 rows.
+With few rows the time is that of reading A and B, each once for up to 16 rows, along d. Each program is one loop over
+blocks of 8 KB, whatever the rank, so that the compiler keeps several of them under way to shared memory, and little
+else; matrix units multiply from there, their padding to 16 rows costs no time. With many rows tiles have 64.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import product as product_of
 from typing import NamedTuple
 
 import torch
@@ -25,12 +26,12 @@ from lorikeet.kernels.batch import Slab
 from lorikeet.kernels.gpu_tables import DECODE_ROWS, PROMPT_ROWS, DeviceSegments
 from lorikeet.types import SiteGroup
 
-FEW = 4  # rows that are multiplied by A one by one
-PROGRAMS = 512  # that fill a large device, about four to a multiprocessor
-SPLITS = 32  # partial sums at most, where registers allow
+PROGRAMS = 256  # that keep a large device reading: about two to a multiprocessor
+MOST_SPLITS = {DECODE_ROWS: 16, PROMPT_ROWS: 4}  # partial sums, by the rows of a tile
 RANKS_AT_ONCE = (16, 64)  # of a product with many rows, by the highest rank in the batch
 SITES = 3  # of a group, at most
-EARLY_LAUNCH = False  # decode kernels read weights before the kernel in front of them has ended (Hopper and later)
+MOST_TILES = 512  # that kernels are compiled for ahead of time: more take what these take
+EARLY_LAUNCH = False  # let decode kernels find their place before the one in front of them has ended (Hopper and later)
 FIELDS = tl.constexpr(8)  # of an entry's line
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -39,6 +40,12 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def entry_of(entries, tile, site, all_sites):
     """Where the line of a site of a tile's adapter is."""
     return entries + (tile.to(tl.int64) * all_sites + site) * FIELDS
+
+
+@triton.jit
+def sixteens(rank):
+    """How many ranks of u there are: it is written in whole sixteens, with zeros behind the last, and read so too."""
+    return (rank + 15) // 16 * 16
 
 
 @triton.jit
@@ -53,11 +60,10 @@ def product(x, y, total, WIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_site", "u_rows"])
-def shrink_few_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, u_rows, ranks,
-                      D_IN: tl.constexpr, N_SITES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-                      BLOCK_K: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr,
-                      EARLY: tl.constexpr):  # fmt: skip
-    """u[split, p, site, r] = A[r, columns of the split] x[row p]: one stretch of columns, all ranks."""
+def shrink_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, u_rows, ranks,
+                  D_IN: tl.constexpr, N_SITES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+                  BLOCK_K: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """u[split, p, site, r] = A[r, columns of the split] x[row p], all ranks; a split has `STEPS` blocks of columns."""
     tile, site, split = tl.program_id(1), tl.program_id(0) % N_SITES, tl.program_id(0) // N_SITES
     entry = entry_of(entries, tile, first_site + site, all_sites)
     first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1).to(tl.int32)
@@ -67,55 +73,22 @@ def shrink_few_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, l
         tl.extra.cuda.gdc_launch_dependents()
     if (count == 0) | (rank == 0):
         return
-    k = split * BLOCK_K + tl.arange(0, BLOCK_K)
     m = tl.arange(0, BLOCK_M)
-    within = k < D_IN
-    for r0 in range(0, rank, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        a = tl.load(data + a_at + r[:, None] * stride + k[None, :], mask=(r < rank)[:, None] & within[None, :], other=0)
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-        if count <= AT_ONCE:
-            for i in range(count):
-                row = tl.load(rows + first + i)
-                one = tl.load(x + row * ldx + k, mask=within, other=0).to(tl.float32)
-                place = ((split.to(tl.int64) * u_rows + first + i) * N_SITES + site) * ranks
-                tl.store(u + place + r, tl.sum(a.to(tl.float32) * one[None, :], 1), mask=r < rank)
-        else:
-            row = tl.load(rows + first + m, mask=m < count, other=0)
-            inside = (m < count)[:, None] & within[None, :]
-            some = tl.load(x + row[:, None] * ldx + k[None, :], mask=inside, other=0)
-            total = product(some, tl.trans(a), tl.zeros((BLOCK_M, BLOCK_R), tl.float32), WIDE)
-            place = ((split.to(tl.int64) * u_rows + first + m) * N_SITES + site) * ranks
-            tl.store(u + place[:, None] + r[None, :], total, mask=(m < count)[:, None] & (r < rank)[None, :])
-
-
-@triton.jit(do_not_specialize=["first_site", "u_rows", "splits", "split_k"])
-def shrink_many_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, u_rows, ranks, splits, split_k,
-                       D_IN: tl.constexpr, N_SITES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-                       BLOCK_K: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """As `shrink_few_kernel`, for tiles of many rows: one stretch of `split_k` columns, one block of ranks."""
-    tile, site = tl.program_id(1), tl.program_id(0) % N_SITES
-    split, r_block = tl.program_id(0) // N_SITES % splits, tl.program_id(0) // N_SITES // splits
-    split_k = tl.multiple_of(split_k, BLOCK_K)
-    entry = entry_of(entries, tile, first_site + site, all_sites)
-    first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1).to(tl.int32)
-    a_at, stride = tl.multiple_of(tl.load(entry), 16), tl.multiple_of(tl.load(entry + 2), 16)
-    rank = tl.load(entry + 4).to(tl.int32)
-    if (count == 0) | (r_block * BLOCK_R >= rank):
-        return
-    m, r = tl.arange(0, BLOCK_M), r_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row = tl.load(rows + first + m, mask=m < count, other=0)
-    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k0 in range(0, split_k, BLOCK_K):
-        k = split * split_k + k0 + tl.arange(0, BLOCK_K)
-        inside = (m < count)[:, None] & (k < D_IN)[None, :]
-        some = tl.load(x + row[:, None] * ldx + k[None, :], mask=inside, other=0)
-        inside = (r < rank)[:, None] & (k < D_IN)[None, :]
-        a = tl.load(data + a_at + r[:, None] * stride + k[None, :], mask=inside, other=0)
-        total = product(some, tl.trans(a), total, WIDE)
     place = ((split.to(tl.int64) * u_rows + first + m) * N_SITES + site) * ranks
-    tl.store(u + place[:, None] + r[None, :], total, mask=(m < count)[:, None] & (r < rank)[None, :])
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    for i in range(0, tl.cdiv(rank, BLOCK_R) * STEPS):
+        r = i // STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
+        k = (split * STEPS + i % STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
+        a = tl.load(data + a_at + r[:, None] * stride + k[None, :], mask=(r < rank)[:, None] & (k < D_IN)[None, :],
+                    other=0)  # fmt: skip
+        some = tl.load(x + row[:, None] * ldx + k[None, :], mask=(m < count)[:, None] & (k < D_IN)[None, :], other=0)
+        total = product(some, tl.trans(a), total, WIDE)
+        if i % STEPS == STEPS - 1:
+            tl.store(u + place[:, None] + r[None, :], total, mask=(m < count)[:, None] & (r < sixteens(rank))[None, :])
+            total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
 
 
 @triton.jit
@@ -132,48 +105,32 @@ def shrink_tokens_kernel(u, tokens, data, tiles, entries, rows, site, all_sites,
         r = r0 + tl.arange(0, BLOCK_R)
         inside = (m < count)[:, None] & (r < rank)[None, :]
         a = tl.load(data + a_at + r[None, :] * stride + token[:, None], mask=inside, other=0)
-        tl.store(u + (first + m)[:, None] * ranks + r[None, :], a.to(tl.float32), mask=inside)
+        tl.store(u + (first + m)[:, None] * ranks + r[None, :], a.to(tl.float32), mask=(m < count)[:, None])
 
 
 @triton.jit
-def expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, splits, u_rows, u_sites, site,
-                 ranks, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr,
-                 EARLY: tl.constexpr):  # fmt: skip
-    """total + s u B over all ranks, `BLOCK_R` of them at a time; `AT_ONCE` partial sums of u are read at a time."""
-    m, s = tl.arange(0, BLOCK_M), tl.arange(0, AT_ONCE)
-    for r0 in range(0, rank, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        b = tl.load(data + b_at + r[:, None] * stride + column[None, :], mask=(r < rank)[:, None] & inside[None, :],
-                    other=0)  # fmt: skip
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-        weight = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        there = (m < count)[:, None] & (r < rank)[None, :]
-        for s0 in range(0, splits, AT_ONCE):
-            split = (s0 + s).to(tl.int64)[:, None]
-            place = ((split * u_rows + first + m[None, :]) * u_sites + site) * ranks
-            part = tl.load(u + place[:, :, None] + r[None, None, :],
-                           mask=there[None, :, :] & (s0 + s < splits)[:, None, None], other=0)  # fmt: skip
-            weight += tl.sum(part, 0)
-        weight *= scale
-        if WIDE:
-            total = product(weight, b, total, WIDE)
-        else:  # fp32 in two bf16 parts: what is lost is beyond the 16th bit
-            high = weight.to(b.dtype)
-            total = product(high, b, total, WIDE)
-            total = product((weight - high.to(tl.float32)).to(b.dtype), b, total, WIDE)
+def add_up(u, place, r, inside, splits, split_stride, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+           BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
+    """The sum [BLOCK_M, BLOCK_R] of the partial sums of u, of which `AT_ONCE` are read at a time."""
+    s = tl.arange(0, AT_ONCE)
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for s0 in tl.static_range(0, SPLITS, AT_ONCE):
+        where = (s0 + s).to(tl.int64)[:, None, None] * split_stride + place[None, :, None] + r[None, None, :]
+        part = tl.load(u + where, mask=inside[None, :, :] & (s0 + s < splits)[:, None, None], other=0)
+        total += tl.sum(part, 0)
     return total
 
 
 @triton.jit(do_not_specialize=["first_site", "u_rows", "splits"])
 def expand_kernel(y, u, data, tiles, entries, rows, first_site, all_sites, ldy, u_rows, ranks, splits,
                   N_SITES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SMALL_R: tl.constexpr, BLOCK_R: tl.constexpr,
-                  AT_ONCE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """y[row p, columns of the site] += s B^T u[p], the sum over all partial sums: one block of columns, all ranks."""
-    tile, block = tl.program_id(1), tl.program_id(0)
-    first_1, first_2 = (D0 + BLOCK_N - 1) // BLOCK_N, (D0 + BLOCK_N - 1) // BLOCK_N + (D1 + BLOCK_N - 1) // BLOCK_N
-    site = (block >= first_1).to(tl.int32) + (block >= first_2).to(tl.int32)
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr,
+                  SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """y[row p, columns of the site] += s B^T u[p], all ranks of `STEPS` blocks of columns."""
+    tile, chunk = tl.program_id(1), tl.program_id(0)
+    WIDTH: tl.constexpr = BLOCK_N * STEPS
+    first_1, first_2 = (D0 + WIDTH - 1) // WIDTH, (D0 + WIDTH - 1) // WIDTH + (D1 + WIDTH - 1) // WIDTH
+    site = (chunk >= first_1).to(tl.int32) + (chunk >= first_2).to(tl.int32)
     width = tl.where(site == 0, D0, tl.where(site == 1, D1, D2))
     begun = tl.where(site == 0, 0, tl.where(site == 1, first_1, first_2))
     offset = tl.where(site == 0, 0, tl.where(site == 1, D0, D0 + D1))
@@ -185,23 +142,35 @@ def expand_kernel(y, u, data, tiles, entries, rows, first_site, all_sites, ldy, 
     if (count == 0) | (rank == 0):
         return
     m = tl.arange(0, BLOCK_M)
-    column = (block - begun) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < width
     row = tl.load(rows + first + m, mask=m < count, other=0)
+    place, split_stride = ((first + m) * N_SITES + site) * ranks, u_rows.to(tl.int64) * N_SITES * ranks
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if rank <= SMALL_R:
-        total = expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, splits, u_rows,
-                             N_SITES, site, ranks, BLOCK_M, SMALL_R, AT_ONCE, WIDE, EARLY)  # fmt: skip
-    else:
-        total = expand_ranks(total, u, data, b_at, stride, rank, scale, first, count, column, inside, splits, u_rows,
-                             N_SITES, site, ranks, BLOCK_M, BLOCK_R, AT_ONCE, WIDE, EARLY)  # fmt: skip
-    target = y + row[:, None] * ldy + (offset + column)[None, :]
-    both = (m < count)[:, None] & inside[None, :]
-    total += tl.load(target, mask=both, other=0).to(tl.float32)
-    tl.store(target, total.to(y.dtype.element_ty), mask=both)
+    blocks = tl.cdiv(rank, BLOCK_R)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    for i in range(0, blocks * STEPS):
+        r = i % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+        column = ((chunk - begun) * STEPS + i // blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = column < width
+        b = tl.load(data + b_at + r[:, None] * stride + column[None, :], mask=(r < rank)[:, None] & inside[None, :],
+                    other=0)  # fmt: skip
+        weight = scale * add_up(u, place, r, (m < count)[:, None] & (r < sixteens(rank))[None, :], splits,
+                                split_stride, SPLITS, AT_ONCE, BLOCK_M, BLOCK_R)  # fmt: skip
+        if WIDE:
+            total = product(weight, b, total, WIDE)
+        else:  # fp32 in two bf16 parts: what is lost is beyond the 16th bit
+            high = weight.to(b.dtype)
+            total = product(high, b, total, WIDE)
+            total = product((weight - high.to(tl.float32)).to(b.dtype), b, total, WIDE)
+        if i % blocks == blocks - 1:
+            target = y + row[:, None] * ldy + (offset + column)[None, :]
+            both = (m < count)[:, None] & inside[None, :]
+            total += tl.load(target, mask=both, other=0).to(tl.float32)
+            tl.store(target, total.to(y.dtype.element_ty), mask=both)
+            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
-@triton.jit(do_not_specialize=["site", "offset"])
+@triton.jit(do_not_specialize=["site"])
 def scale_kernel(y, vectors, tiles, entries, rows, site, all_sites, ldy, offset, width, ELEMENTS: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """y = gain * y + shift for one site; `vectors` is the slab as fp32, of which an offset takes `ELEMENTS` each."""
@@ -225,45 +194,56 @@ def scale_kernel(y, vectors, tiles, entries, rows, site, all_sites, ldy, offset,
 
 
 class Shrink(NamedTuple):
-    """How `u` is computed. A stretch of `split_k` columns gives one partial sum."""
+    """How `u` is computed: each of `splits` partial sums over `steps` blocks of `block_k` columns."""
 
-    few: bool
     block_r: int
     block_k: int
-    split_k: int
+    steps: int
     splits: int
     warps: int
+    stages: int
 
 
-@lru_cache(maxsize=1024)
+class Expand(NamedTuple):
+    """How y is: a program takes `steps` blocks of `block_n` columns, `block_r` ranks at a time."""
+
+    block_r: int
+    block_n: int
+    steps: int
+    warps: int
+    stages: int
+
+
+@lru_cache(maxsize=4096)
 def plan_shrink(tiles: int, block_m: int, sites: int, d_in: int, rank: int, wide: bool) -> Shrink:
-    """By shape alone, so that a captured graph has one. Few stretches where tiles and sites are many already."""
-    if block_m == DECODE_ROWS:
-        block_k = 256
-        while not wide and block_k < 1024 and tiles * sites * triton.cdiv(d_in, 2 * block_k) >= PROGRAMS:
-            block_k *= 2
-        while not wide and triton.cdiv(d_in, block_k) > SPLITS and block_k < 1024:
-            block_k *= 2
-        return Shrink(True, 16, block_k, block_k, triton.cdiv(d_in, block_k), 8 if block_k == 1024 else 4)
-    block_r = RANKS_AT_ONCE[rank > RANKS_AT_ONCE[0]]
-    programs = tiles * sites * triton.cdiv(rank, block_r)
-    splits = 1
-    while splits < 4 and programs * splits < PROGRAMS // 2 and d_in // (2 * splits) >= 512:
-        splits *= 2
-    block_k = 32 if wide else 64
-    split_k = triton.cdiv(triton.cdiv(d_in, splits), block_k) * block_k
-    return Shrink(False, block_r, block_k, split_k, triton.cdiv(d_in, split_k), 4)
+    """By shape alone, so that a captured graph has one: long stretches where tiles and sites are many already."""
+    few = block_m == DECODE_ROWS
+    block_k = (256 if few else 64) // (2 if wide else 1)
+    blocks = triton.cdiv(d_in, block_k)
+    steps = triton.next_power_of_2(blocks)
+    while steps > 1 and tiles * sites * triton.cdiv(blocks, steps) < PROGRAMS:
+        if triton.cdiv(blocks, steps // 2) > MOST_SPLITS[block_m]:
+            break
+        steps //= 2
+    block_r = RANKS_AT_ONCE[not few and rank > RANKS_AT_ONCE[0]]
+    return Shrink(block_r, block_k, steps, triton.cdiv(blocks, steps), 2 if few else 4, 4)
 
 
-@lru_cache(maxsize=1024)
-def plan_expand(tiles: int, block_m: int, widths: tuple[int, ...], wide: bool) -> tuple[int, int]:
-    """(columns of a program, warps), by shape alone."""
+@lru_cache(maxsize=4096)
+def plan_expand(tiles: int, block_m: int, widths: tuple[int, ...], rank: int, wide: bool) -> Expand:
+    """By shape alone. Short programs where tiles are few, so that there are enough of them."""
     if block_m != DECODE_ROWS:
-        return (64, 4) if wide else (128, 4)
-    columns = 64
-    while not wide and columns < 256 and tiles * sum(triton.cdiv(d, 2 * columns) for d in widths) >= PROGRAMS:
-        columns *= 2
-    return columns, 4 if columns == 256 else 2
+        return Expand(RANKS_AT_ONCE[rank > RANKS_AT_ONCE[0]], 64 if wide else 128, 1, 4, 2)
+
+    def programs(columns: int) -> int:
+        return tiles * sum(triton.cdiv(width, columns) for width in widths)
+
+    block_n, steps = 128 if wide else 256, 4
+    while steps > 1 and programs(block_n * steps) < PROGRAMS:
+        steps //= 2
+    while block_n > 64 and programs(block_n * steps) < PROGRAMS:
+        block_n //= 2
+    return Expand(16, block_n, steps, 4 if block_n == 256 else 2, 4)
 
 
 @lru_cache(maxsize=4096)
@@ -287,39 +267,29 @@ def lowrank_add(y: Tensor, x: Tensor, slab: Slab, group: SiteGroup, tables: Devi
         return y
     wide = torch.float32 in (x.dtype, slab.data.dtype)
     plan = plan_shrink(tiles, tables.block_m, len(widths), group.d_in, tables.max_rank, wide)
-    ranks = triton.cdiv(tables.max_rank, 16) * 16
+    ranks, first_site, early = triton.cdiv(tables.max_rank, 16) * 16, group.sites[0].index, _early(tables)
     u = torch.empty((plan.splits, len(tables.rows), len(widths), ranks), dtype=torch.float32, device=x.device)
-    where = (slab.data, tables.tiles, tables.entries, tables.rows, group.sites[0].index, tables.entries.shape[1])
-    sizes = (x.stride(0), len(tables.rows), ranks)
-    if plan.few:
-        shrink_few_kernel[(len(widths) * plan.splits, tiles)](
-            u, x, *where, *sizes, group.d_in, len(widths), tables.block_m, plan.block_r, plan.block_k, FEW, wide,
-            EARLY_LAUNCH, num_warps=plan.warps, **_early(),
-        )  # fmt: skip
-    else:
-        blocks = triton.cdiv(tables.max_rank, plan.block_r)
-        shrink_many_kernel[(len(widths) * plan.splits * blocks, tiles)](
-            u, x, *where, *sizes, plan.splits, plan.split_k, group.d_in, len(widths), tables.block_m, plan.block_r,
-            plan.block_k, wide, num_warps=plan.warps, num_stages=4,
-        )  # fmt: skip
-    expand(y, u, slab, group.sites[0].index, widths, tables)
+    shrink_kernel[(len(widths) * plan.splits, tiles)](
+        u, x, slab.data, tables.tiles, tables.entries, tables.rows, first_site, tables.entries.shape[1], x.stride(0),
+        u.shape[1], ranks, group.d_in, len(widths), tables.block_m, plan.block_r, plan.block_k, plan.steps, wide,
+        bool(early), num_warps=plan.warps, num_stages=plan.stages, **early,
+    )  # fmt: skip
+    expand(y, u, slab, first_site, widths, tables)
     return y
 
 
 def expand(y: Tensor, u: Tensor, slab: Slab, first_site: int, widths: tuple[int, ...], tables: DeviceSegments) -> None:
     """Add s B^T u into y [T, sum of widths]; u [splits, rows, sites, ranks] fp32 is summed over its splits."""
-    tiles, splits = len(tables.tiles), u.shape[0]
-    few = tables.block_m == DECODE_ROWS
+    tiles, splits, early = len(tables.tiles), u.shape[0], _early(tables)
     wide = torch.float32 in (y.dtype, slab.data.dtype)
-    columns, warps = plan_expand(tiles, tables.block_m, widths, wide)
-    blocks = sum(triton.cdiv(width, columns) for width in widths)
-    block_r = 32 if few else RANKS_AT_ONCE[u.shape[3] > RANKS_AT_ONCE[0]]
-    at_once = 1 if splits == 1 or not few else 4 if splits <= 4 else 16
-    expand_kernel[(blocks, tiles)](
+    plan = plan_expand(tiles, tables.block_m, widths, u.shape[3], wide)
+    chunks = sum(triton.cdiv(width, plan.block_n * plan.steps) for width in widths)
+    at_once = min(triton.next_power_of_2(splits), 16) if tables.block_m == DECODE_ROWS else 1
+    expand_kernel[(chunks, tiles)](
         y, u, slab.data, tables.tiles, tables.entries, tables.rows, first_site, tables.entries.shape[1], y.stride(0),
-        u.shape[1], u.shape[3], splits, len(widths), *widths, *[0] * (SITES - len(widths)), tables.block_m, columns, 16,
-        block_r, at_once, wide, EARLY_LAUNCH and few,
-        num_warps=warps, num_stages=2, **(_early() if few else {}),
+        u.shape[1], u.shape[3], splits, len(widths), *widths, *[0] * (SITES - len(widths)), tables.block_m,
+        plan.block_n, plan.block_r, plan.steps, triton.cdiv(splits, at_once) * at_once, at_once, wide, bool(early),
+        num_warps=plan.warps, num_stages=plan.stages, **early,
     )  # fmt: skip
 
 
@@ -357,17 +327,23 @@ def output_scale(y: Tensor, slab: Slab, group: SiteGroup, tables: DeviceSegments
 def compile_products(slab: Slab, groups: Iterable[SiteGroup], dtype: torch.dtype) -> None:
     """Compile (or load, where that was done before) the kernels for these products in every size that a batch may
     choose, so that no request waits for it."""
-    kinds = {(group.d_in, widths_of(group)): group for group in groups}.values()
-    shapes = [(DECODE_ROWS, 2**i, 16) for i in range(10)] + [(PROMPT_ROWS, 1, rank) for rank in RANKS_AT_ONCE]
-    for block_m, tiles, rank in shapes:
-        tables = DeviceSegments(slab, block_m, tiles, block_m, rank)
-        for group in kinds:
-            x = torch.zeros((1, group.d_in), dtype=dtype, device=slab.data.device)
-            lowrank_add(x.new_zeros((1, group.d_out)), x, slab, group, tables)
+    kinds = {(group.d_in, widths_of(group)): group for group in groups}
+    wide, seen = torch.float32 in (dtype, slab.data.dtype), set()
+    for block_m, rank, tiles in product_of((DECODE_ROWS, PROMPT_ROWS), RANKS_AT_ONCE, range(1, MOST_TILES + 1)):
+        for (d_in, widths), group in kinds.items():
+            plans = (
+                plan_shrink(tiles, block_m, len(widths), d_in, rank, wide),
+                plan_expand(tiles, block_m, widths, rank, wide),
+            )
+            if (d_in, widths, *plans) not in seen:
+                seen.add((d_in, widths, *plans))
+                x = torch.zeros((1, d_in), dtype=dtype, device=slab.data.device)
+                tables = DeviceSegments(slab, block_m, tiles, block_m, rank)
+                lowrank_add(x.new_zeros((1, group.d_out)), x, slab, group, tables)
 
 
-def _early() -> dict[str, bool]:
-    return {"launch_pdl": True} if EARLY_LAUNCH else {}
+def _early(tables: DeviceSegments) -> dict[str, bool]:
+    return {"launch_pdl": True} if EARLY_LAUNCH and tables.block_m == DECODE_ROWS else {}
 
 
 def _check(kernel: str, *tensors: Tensor) -> None:
