@@ -33,6 +33,7 @@ bench: .venv/.dev
 .venv/.dev: .venv/.run
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	scripts/install_postgres.sh
+	scripts/install_azurite.sh
 	touch $@
 
 clean:

@@ -35,12 +35,13 @@ def adapter_folder(place: str) -> Path:
                 f"{folder.absolute()}: no such folder", hint="expected a PEFT folder, or such as hf://org/name"
             )
         return folder
+    from lorikeet.adapters.proxy import in_environment
     from lorikeet.adapters.sources import fetch
     from lorikeet.config import SourceConfig
     from lorikeet.model.sources import cache_folder
 
     with progress(place, sizes=True) as report:
-        config = SourceConfig(total_seconds=3600.0)
+        config = SourceConfig(total_seconds=3600.0, use_proxy=in_environment())
         folder = fetch(place, cache_folder() / "downloads", config=config, report=report)
     typer.echo(f"{place}: {folder}", err=True)
     return folder

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from tests.fixtures import VOCABULARY, oracle
 
-COMMON = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+COMMON: dict[str, Any] = {
+    "r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"],
+}  # fmt: skip
 
 
 def resized(base: Path, tokens: int) -> Any:
@@ -21,14 +23,28 @@ def resized(base: Path, tokens: int) -> Any:
 
 
 def make_resized(
-    base: Path, folder: Path, tokens: int, seed: int = 0, *, trained_only: bool = True, loud: float = 1.0, **fields: Any
+    base: Path,
+    folder: Path,
+    tokens: int,
+    seed: int = 0,
+    *,
+    kind: str = "lora",
+    trained_only: bool = True,
+    loud: float = 1.0,
+    **fields: Any,
 ) -> Path:
     """Write an adapter of a model with so many tokens: random values for everything that is trained.
 
     `trained_only`: nothing else is saved. Otherwise peft saves the tables where the vocabulary was resized. Rows of
     the head for added tokens are `loud` times as large as others.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+
+    config = {
+        "lora": lambda: LoraConfig(**{**COMMON, **fields}),
+        "ia3": lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[], **fields),
+        "vera": lambda: VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"], **fields),
+    }[kind]()
 
     model = resized(base, tokens)
     torch.manual_seed(seed)
@@ -36,11 +52,11 @@ def make_resized(
         for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             table[VOCABULARY:].normal_(0, 0.16)
         model.get_output_embeddings().weight[VOCABULARY:] *= loud
-        adapted = get_peft_model(model, LoraConfig(**{**COMMON, **fields}))
+        adapted = get_peft_model(model, config)
         for name, parameter in adapted.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if "magnitude" in name:
+            if "magnitude" in name or "ia3" in name:
                 parameter.mul_(1 + 0.4 * torch.randn_like(parameter))
                 continue
             is_table = "embed" in name or "lm_head" in name

@@ -134,14 +134,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def file_server(authority: trustme.CA | None = None) -> Iterator[FileServer]:
-    """On a free port of 127.0.0.1; https as `localhost` when there is an authority to sign its certificate."""
+def file_server(authority: trustme.CA | None = None, *names: str) -> Iterator[FileServer]:
+    """On a free port of 127.0.0.1; https as `localhost`, or `names`, when there is an authority to sign for it."""
     handler = type("BoundHandler", (Handler,), {})
     server = _Server(("127.0.0.1", 0), handler)
     port = server.server_address[1]
     if authority is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        authority.issue_cert("localhost").configure_cert(context)
+        authority.issue_cert(*names or ("localhost",)).configure_cert(context)
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     owner = FileServer(f"http://127.0.0.1:{port}" if authority is None else f"https://localhost:{port}")
     handler.owner = owner  # type: ignore[attr-defined]

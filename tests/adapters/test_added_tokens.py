@@ -55,16 +55,20 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "pairs, tied": (MORE, {"target_modules": PAIRS[:2], "ensure_weight_tying": True, "trained_only": False}),
     "fewer": (FEWER, {"modules_to_save": BOTH}),
     "fewer, rows": (FEWER, {"trainable_token_indices": [5, 9], "trained_only": False}),
+    "ia3, both saved": (MORE, {"kind": "ia3", "modules_to_save": BOTH, "trained_only": False}),
+    "ia3, resized only": (MORE, {"kind": "ia3", "trained_only": False}),
+    "vera, embedding saved": (MORE, {"kind": "vera", "modules_to_save": ["embed_tokens"], "trained_only": False}),
     "as many": (VOCABULARY, {"modules_to_save": BOTH}),
 }
 UNTIED = [
     "both saved", "both saved, nothing else", "padded", "embedding saved", "resized only", "pairs on both",
     "dora on the head", "rows", "rows of both", "same rows of both", "fewer", "fewer, rows", "as many",
+    "ia3, both saved", "ia3, resized only", "vera, embedding saved",
 ]  # fmt: skip
 TIED = [
     "both saved", "embedding saved", "resized only", "pair on the embedding", "pairs on both", "dora on the head",
     "rows", "rows, nothing else", "rows of both", "same rows of both", "saved and tied", "pairs, tied", "fewer",
-    "fewer, rows",
+    "fewer, rows", "ia3, both saved", "ia3, resized only", "vera, embedding saved",
 ]  # fmt: skip
 
 

@@ -41,7 +41,6 @@ VALUES: dict[str, Any] = {
     "fan_in_fan_out": True,
     "init_lora_weights": "pissa",
     "layer_replication": [[0, 2]],
-    "loftq_config": {"loftq_bits": 4},
     "modules_to_save": ["lm_head"],
     "target_parameters": ["experts.w"],
     "trainable_token_indices": [5],
@@ -73,6 +72,13 @@ def test_refused_fields_are_named_with_what_was_found(name: str, tmp_path: Path)
 def test_kinds_and_fields_that_are_not_known(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=message):
         read_config(write(tmp_path, **fields))
+
+
+def test_loftq_counts_where_it_is_not_converted_yet(tmp_path: Path) -> None:
+    said = {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}}
+    read_config(write(tmp_path, init_lora_weights=True, **said))
+    with pytest.raises(AdapterError, match="init_lora_weights: expected .* found 'loftq'"):
+        read_config(write(tmp_path, init_lora_weights="loftq", **said))
 
 
 def test_unknown_fields_that_are_off_are_accepted(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.adapters.kinds import make, write_loreft
 from tests.adapters.resized import make_resized, save_tokenizer
-from tests.adapters.test_kinds import KINDS, UNTIED, make, write_loreft
+from tests.adapters.test_kinds import KINDS, UNTIED
 from tests.fixtures import AdapterShape, make_adapter, make_checkpoint, oracle, sample_tokens
 
 from lorikeet.adapters import fuse as module

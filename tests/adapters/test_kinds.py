@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tests.fixtures import make_adapter, make_batch, make_slab, next_logprobs, oracle, sample_tokens
+from tests.adapters.kinds import ALL, LORA, hooked, make, make_fused, write_loreft
+from tests.fixtures import make_batch, make_slab, oracle, sample_tokens
 
 from lorikeet.adapters.compiled import compile_adapter
 from lorikeet.adapters.configs import CONFIG
-from lorikeet.adapters.files import WEIGHTS
 from lorikeet.engine.engine import _where
 from lorikeet.errors import AdapterError
 from lorikeet.kernels.batch import Segments
@@ -23,76 +22,10 @@ from lorikeet.model.decoder import forward
 from lorikeet.model.sources import checkpoint_files, identify
 from lorikeet.model.weights import load
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
-
-
-def config_of(kind: str) -> Any:
-    from peft import IA3Config, LoraConfig, VeraConfig
-
-    def lora(**options: Any) -> Any:
-        return LoraConfig(**{**LORA, "target_modules": ALL, **options})
-
-    return {
-        "dora": lambda: lora(use_dora=True),
-        "dora, rslora": lambda: lora(use_dora=True, use_rslora=True, target_modules=["q_proj", "down_proj"]),
-        "lora_bias": lambda: lora(lora_bias=True),
-        "bias all": lambda: lora(bias="all", target_modules=["q_proj", "down_proj"]),
-        "bias lora_only": lambda: lora(bias="lora_only", target_modules=["q_proj", "k_proj"]),
-        "dora, bias all": lambda: lora(use_dora=True, bias="all", target_modules=["v_proj", "up_proj"]),
-        "ia3": lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"],
-                                 feedforward_modules=["down_proj"]),
-        "ia3, up and down": lambda: IA3Config(task_type="CAUSAL_LM", target_modules=["o_proj", "up_proj", "down_proj"],
-                                              feedforward_modules=["down_proj"]),
-        "vera": lambda: VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "down_proj", "k_proj"]),
-        "modules_to_save": lambda: lora(target_modules=["q_proj"],
-                                        modules_to_save=["lm_head", "embed_tokens", "input_layernorm", "model.norm"]),
-        "head saved": lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-        "embedding saved": lambda: lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-        "embedding": lambda: lora(target_modules=["v_proj", "embed_tokens"]),
-        "head": lambda: lora(target_modules=["v_proj", "lm_head"]),
-        "dora on the head": lambda: lora(target_modules=["v_proj", "lm_head"], use_dora=True),
-        "both tied": lambda: lora(target_modules=["v_proj", "embed_tokens"], ensure_weight_tying=True),
-        "saved and tied": lambda: lora(target_modules=["v_proj"], modules_to_save=["embed_tokens"],
-                                       ensure_weight_tying=True),
-        "token rows": lambda: lora(target_modules=["q_proj"], trainable_token_indices=[7, 9, 200]),
-        "rows of both": lambda: lora(target_modules=["q_proj"],
-                                     trainable_token_indices={"embed_tokens": [7, 300], "lm_head": [8, 9, 11]}),
-        "lora": lora,
-    }[kind]()  # fmt: skip
-
-
 KINDS = [
     "dora", "dora, rslora", "lora_bias", "bias all", "bias lora_only", "dora, bias all", "ia3",
     "ia3, up and down", "vera", "lora",
 ]  # fmt: skip
-
-
-def make(kind: str, base: Path, folder: Path, seed: int) -> Path:
-    """Random values for everything that is trained; the logprobs move by 0.1 or more."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tokens = sample_tokens(2, 32, seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        before = next_logprobs(model(tokens).logits, tokens)
-        adapted = get_peft_model(model, config_of(kind))
-        for name, parameter in adapted.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if "magnitude" in name or "ia3" in name:
-                parameter.mul_(1 + 0.4 * torch.randn_like(parameter))
-            else:
-                table = "embed" in name or "lm_head" in name
-                if table and "lora" in name:  # peft draws them as large as one
-                    parameter.mul_(0.2)
-                parameter.add_((0.05 if table else 0.2) * torch.randn_like(parameter))
-        moved = (next_logprobs(adapted(tokens).logits, tokens) - before).abs().mean()
-        assert moved >= 0.1, f"the adapter moves the mean logprob by {moved:.3f} only"
-    adapted.save_pretrained(str(folder))
-    return folder
 
 
 UNTIED = [
@@ -103,9 +36,15 @@ UNTIED = [
     "dora on the head",
     "token rows",
     "rows of both",
+    "ia3, head saved",
+    "ia3, all saved",
+    "vera, embedding saved",
     "lora",
 ]
-TIED = ["embedding saved", "head saved", "embedding", "head", "both tied", "saved and tied", "token rows", "lora"]
+TIED = [
+    "embedding saved", "head saved", "embedding", "head", "both tied", "saved and tied", "token rows",
+    "ia3, head saved", "ia3, all saved", "vera, embedding saved", "lora",
+]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # of merging, which is not done here
@@ -145,42 +84,14 @@ def check(kinds: list[str], base: Path, tmp_path: Path, cache: Path) -> None:
 
 
 def test_fused_names_are_their_parts(checkpoint: Callable[..., Path], tmp_path: Path, cache: Path) -> None:
-    """A trainer's `qkv_proj` and `gate_up_proj`: one A, and a B whose rows are those of the parts."""
     base = checkpoint("llama")
-    spec, _ = load(base, torch.float32)
-    plain = make_adapter(base, tmp_path / "plain")
-    tensors = load_file(plain / WEIGHTS)
-    fused: dict[str, torch.Tensor] = {}
-    for layer in range(spec.num_layers):
-        for name, parts in (("self_attn.qkv_proj", ("q", "k", "v")), ("mlp.gate_up_proj", ("gate", "up"))):
-            module = f"base_model.model.model.layers.{layer}.{name.split('.')[0]}"
-            a = tensors[f"{module}.{parts[0]}_proj.lora_A.weight"]
-            for part in parts:  # the parts of a fused layer share their A
-                tensors[f"{module}.{part}_proj.lora_A.weight"] = a
-            place = f"base_model.model.model.layers.{layer}.{name}"
-            fused[f"{place}.lora_A.weight"] = a
-            fused[f"{place}.lora_B.weight"] = torch.cat([tensors[f"{module}.{p}_proj.lora_B.weight"] for p in parts])
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            for side in "AB":
-                key = f"base_model.model.model.layers.{layer}.{name}.lora_{side}.weight"
-                fused[key] = tensors[key]
-    save_file({key: value.clone() for key, value in tensors.items()}, plain / WEIGHTS)
-    logits = []
-    for form, held in (("plain", tensors), ("fused", fused)):
-        folder = tmp_path / form
-        folder.mkdir(exist_ok=True)
-        save_file({key: value.clone().contiguous() for key, value in held.items()}, folder / WEIGHTS)
-        if form == "fused":
-            text = (plain / CONFIG).read_text()
-            for name in ("k_proj", "v_proj", "gate_proj"):
-                text = text.replace(f'    "{name}",\n', "").replace(f',\n    "{name}"\n', "\n")
-            text = text.replace('"q_proj"', '"qkv_proj"').replace('"up_proj"', '"gate_up_proj"')
-            (folder / CONFIG).write_text(text)
-        info = compile_adapter(folder, spec, identify(base), "float32", cache)
-        slab = make_slab([Path(info.path)], spec)
-        row = sample_tokens(1, 30, 7)[0]
+    spec, weights = load(base, torch.float32)
+    plain = make_fused(base, tmp_path / "fused")
+    row, logits = sample_tokens(1, 30, 7)[0], []
+    for folder in (plain, tmp_path / "fused"):
+        slab = make_slab([Path(compile_adapter(folder, spec, identify(base), "float32", cache).path)], spec)
         with torch.no_grad():
-            logits.append(forward(spec, load(base, torch.float32)[1], make_batch([row], [0]), ReferenceOps(), slab))
+            logits.append(forward(spec, weights, make_batch([row], [0]), ReferenceOps(), slab))
     torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=0)
 
 
@@ -255,24 +166,6 @@ def test_activated_lora_is_pefts(
     torch.testing.assert_close(ours, theirs.flatten(0, 1), atol=1e-4, rtol=0)
 
 
-def write_loreft(
-    folder: Path, hidden: int, layers: list[int], seed: int, first: int = 2, last: int = 3
-) -> dict[str, torch.Tensor]:
-    """Random interventions with orthonormal rotations, in the layout that is documented in docs/adapters.md."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for layer in layers:
-        rotate, _ = torch.linalg.qr(torch.randn(hidden, 4, generator=generator))
-        tensors[f"reft.layers.{layer}.rotate"] = rotate.contiguous()
-        tensors[f"reft.layers.{layer}.weight"] = torch.randn(4, hidden, generator=generator) * hidden**-0.5
-        tensors[f"reft.layers.{layer}.bias"] = torch.randn(4, generator=generator)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / WEIGHTS)
-    config = {"peft_type": "LOREFT", "r": 4, "layers": layers, "first_positions": first, "last_positions": last}
-    (folder / CONFIG).write_text(json.dumps(config))
-    return tensors
-
-
 @pytest.mark.parametrize("layers", [[1], [0, 2]])
 def test_loreft_is_a_hook_on_the_stream(
     layers: list[int], checkpoint: Callable[..., Path], tmp_path: Path, cache: Path
@@ -283,21 +176,8 @@ def test_loreft_is_a_hook_on_the_stream(
     info = compile_adapter(tmp_path / "reft", spec, identify(base), "float32", cache)
     assert (info.kind, info.positions, info.max_rank) == ("loreft", (2, 3, 0), 4)
     row = sample_tokens(1, 20, 8)[0]
-    model = oracle(base)
     places = [0, 1, 17, 18, 19]
-
-    def hook(rotate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
-        def change(module: Any, inputs: Any, output: Any) -> Any:
-            stream = output if isinstance(output, torch.Tensor) else output[0]
-            at = stream[:, places]
-            stream[:, places] = at + (at @ weight.T + bias - at @ rotate) @ rotate.T
-            return output
-
-        return change
-
-    for layer in layers:
-        parts = [tensors[f"reft.layers.{layer}.{part}"] for part in ("rotate", "weight", "bias")]
-        model.model.layers[layer].register_forward_hook(hook(*parts))
+    model = hooked(base, tensors, lambda tokens: places)
     with torch.no_grad():
         plain = oracle(base)(row.unsqueeze(0)).logits[0].log_softmax(-1)
         theirs = model(row.unsqueeze(0)).logits[0].log_softmax(-1)

@@ -224,6 +224,34 @@ def test_a_change_is_factored_as_well_as_its_rank_allows(
     assert found <= np.linalg.norm(values[rank:]) * (1 + 1e-6) + 1e-5
 
 
+@pytest.mark.parametrize("density", [0.02, 0.2, 0.6])
+@pytest.mark.parametrize(("rows", "columns"), [(300, 220), (200, 500)])
+def test_a_large_change_is_factored_by_the_vectors_it_keeps(
+    rows: int, columns: int, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pruned product of rank 8: the best approximation of rank 4, and the same one every time. Where hardly anything
+    is left of the product its singular values lie close together, and all are computed."""
+    generator = np.random.default_rng(int(1000 * density))
+    change = (generator.normal(size=(rows, 8)) @ generator.normal(size=(8, columns))).astype(np.float32)
+    change *= generator.random(change.shape) < density
+    computed: list[int] = []
+    usual = np.linalg.eigh
+
+    def eigh(matrix: NDArray[Any]) -> Any:
+        computed.append(len(matrix))
+        return usual(matrix)
+
+    monkeypatch.setattr(np.linalg, "eigh", eigh)
+    a, b = _factored(change, 4)
+    assert (max(computed) < 30) == (density > 0.1)
+    u, s, vh = np.linalg.svd(change.astype(np.float64), full_matrices=False)
+    expected = (u[:, :4] * s[:4]) @ vh[:4]
+    np.testing.assert_allclose(b.astype(np.float64) @ a, expected, atol=1e-5 * s[0])
+    again = _factored(change, 4)
+    np.testing.assert_array_equal(again[0], a)
+    np.testing.assert_array_equal(again[1], b)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_linear_with_unequal_ranks_at_a_rank_is_the_best_approximation(rank: int) -> None:
     one, two = unequal()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,6 +29,15 @@ WHOLE = st.sampled_from((*TABLES, "model.norm", "input_layernorm"))
 NAMES = st.lists(st.sampled_from((*LINEAR, *LINEAR, *TABLES)), min_size=1, max_size=4, unique=True)
 TARGETS = st.one_of(
     NAMES, st.just("all-linear"), st.sampled_from([r".*layers\.[02]\..*(q|up)_proj", r".*(v_proj|lm_head)"])
+)
+
+
+BESIDE = st.fixed_dictionaries(
+    {},
+    optional={
+        "modules_to_save": st.lists(WHOLE, min_size=1, max_size=3, unique=True),
+        "exclude_modules": st.lists(st.sampled_from(LINEAR), max_size=2, unique=True),
+    },
 )
 
 
@@ -57,8 +68,37 @@ def lora(draw: st.DrawFn) -> dict[str, Any]:
     return fields
 
 
-def test_what_peft_writes_is_the_same_here_or_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+@st.composite
+def ia3(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields of an IA3Config; inputs are multiplied where PEFT does it by default, and now and then elsewhere."""
+    targets = draw(st.one_of(st.lists(st.sampled_from((*LINEAR, "lm_head")), min_size=1, max_size=4, unique=True),
+                             st.sampled_from([r".*layers\.[02]\..*(k|down)_proj"])))  # fmt: skip
+    inputs = draw(st.sampled_from((["down_proj"], ["down_proj"], ["down_proj"], ["q_proj"])))
+    kept = [name for name in inputs if name in targets] if isinstance(targets, list) else r".*down_proj"
+    return {"target_modules": targets, "feedforward_modules": kept, **draw(BESIDE)}
+
+
+@st.composite
+def vera(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields of a VeraConfig, without its projections now and then."""
+    fields = {"r": draw(st.integers(1, 9)), "target_modules": draw(st.lists(st.sampled_from(LINEAR), min_size=1,
+                                                                           max_size=4, unique=True))}  # fmt: skip
+    if draw(st.integers(0, 5)) == 0:
+        fields["save_projection"] = False
+    return {**fields, **draw(BESIDE)}
+
+
+KINDS = {"lora": (lora(), 60, 20), "ia3": (ia3(), 25, 8), "vera": (vera(), 25, 8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_peft_writes_is_the_same_here_or_refused(
+    kind: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+
+    strategy, examples, least = KINDS[kind]
+    config = {"lora": partial(LoraConfig, init_lora_weights=False), "ia3": IA3Config, "vera": VeraConfig}[kind]
     from transformers import AutoModelForCausalLM
 
     base = checkpoint("qwen2")
@@ -66,8 +106,8 @@ def test_what_peft_writes_is_the_same_here_or_refused(checkpoint: Callable[..., 
     row = sample_tokens(1, 24, 5)[0]
     outcomes = {"same": 0, "refused": 0}
 
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(lora(), st.integers(0, 99))
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(strategy, st.integers(0, 99))
     def check(fields: dict[str, Any], seed: int) -> None:
         folder = tmp_path / "adapter"
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,7 +116,7 @@ def test_what_peft_writes_is_the_same_here_or_refused(checkpoint: Callable[..., 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             try:
-                adapted = get_peft_model(model, LoraConfig(**{"init_lora_weights": False, **fields})).eval()
+                adapted = get_peft_model(model, config(**fields)).eval()
                 adapted(row.unsqueeze(0))
             except (ValueError, KeyError, TypeError, NotImplementedError):  # peft does not take it either
                 return
@@ -104,4 +144,4 @@ def test_what_peft_writes_is_the_same_here_or_refused(checkpoint: Callable[..., 
         outcomes["same"] += 1
 
     check()
-    assert outcomes["same"] >= 20, outcomes
+    assert outcomes["same"] >= least, outcomes

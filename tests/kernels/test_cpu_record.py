@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.kernels.inputs import make_batch, make_segments, make_slab
 
-from lorikeet.kernels.batch import Batch, LayerCache, Slab
+from lorikeet.kernels.batch import Batch, LayerCache, Slab, SlabOverride
 from lorikeet.kernels.cpu import CpuOps
 from lorikeet.kernels.cpu_record import Buffers, NotRecordable, Program
 from lorikeet.kernels.precision import native_bf16_products
@@ -139,6 +139,85 @@ def test_as_kernel_by_kernel(name: str, form: str, threads: int) -> None:
             assert_alike(one.v, other.v)
         rest = replace(batch, token_segments=None, logit_segments=None)  # the same program without adapters
         assert_alike(program(rest), ReferenceOps.prepare(CpuOps(), run, slab, copies, 130)(rest))
+
+    check()
+
+
+def add_tables(slab: Slab, spec: ModelSpec, generator: torch.Generator) -> None:
+    """What few adapters have, behind the rest: 0 nothing; 1 a larger vocabulary, with a head of its own and rows of the
+    embedding; 2 norms; 3 pairs on embedding and head, and on the stream after every other layer, with shifts there."""
+    h, tokens = spec.hidden_size, spec.vocab_size + 3
+    sites = len(spec.sites) + spec.num_layers - slab.table.shape[1]
+    slab.table = torch.cat((slab.table, slab.table.new_zeros(4, sites, 5)), 1)
+    slab.scale = torch.cat((slab.scale, torch.full((4, sites), 0.5)), 1)
+    assert slab.vectors is not None
+    slab.vectors = torch.cat((slab.vectors, slab.vectors.new_full((4, sites, 2), -1)), 1)
+
+    def put(values: torch.Tensor) -> int:
+        at = slab.data.numel()
+        padding = slab.data.new_zeros(-values.numel() % 32)
+        slab.data = torch.cat((slab.data, values.flatten().to(slab.data.dtype), padding))
+        return at
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / h**0.5
+
+    index = torch.tensor([2, 5, *range(spec.vocab_size, tokens)])
+    slab.vocabulary[1] = tokens
+    slab.overrides[1] = [
+        SlabOverride("embed", None, put(random(len(index), h)), len(index), h, h, index),
+        SlabOverride("head", None, put(random(tokens, h)), tokens, h, h, None),
+    ]
+    slab.overrides[2] = [
+        SlabOverride(role, layer, put(1 + random(1, h)), 1, h, h, None)
+        for role, layer in (("attn_norm", 0), ("mlp_norm", spec.num_layers - 1), ("norm", None))
+    ]
+    for site in (spec.site(None, "embed"), spec.site(None, "head"), *spec.residual_sites[::2]):
+        a, b = put(random(4, site.d_in)), put(random(4, site.d_out))
+        slab.table[3, site.index] = torch.tensor([a, b, site.d_in, site.d_out, 4])
+        if site.role == "residual":
+            shift = torch.randn(site.d_out, generator=generator)
+            slab.vectors[3, site.index, 1] = slab.data.numel()
+            slab.data = torch.cat((slab.data, shift.view(slab.data.dtype)))
+
+
+@needs_instruction
+@pytest.mark.parametrize("name", SPECS)
+def test_adapters_that_do_more_make_pauses(name: str) -> None:
+    """As kernel by kernel; the other rows of the batch are what they are without them, to the last bit."""
+    torch.set_num_threads(2)
+    spec = SPECS[name]
+    run = partial(forward, spec, make_weights(spec, "bf16"))
+
+    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(
+        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 30)), min_size=2, max_size=6),
+        st.lists(st.sampled_from(range(4)), min_size=1, max_size=4, unique=True),
+        st.integers(0, 99),
+        st.sampled_from((torch.bfloat16, torch.float32)),
+    )
+    def check(sizes: list[tuple[int, int]], adapters: list[int], seed: int, adapter_dtype: torch.dtype) -> None:
+        adapters = sorted(adapters[: len(sizes) - 1])
+        sequences = [(new, new + before) for new, before in sizes]
+        batch, slab, caches = make_step(spec, sequences, adapters, seed, adapter_dtype)
+        add_tables(slab, spec, torch.Generator().manual_seed(seed))
+        batch.overridden, batch.scaled = bool({1, 2, 3} & set(adapters)), True
+        assert batch.token_segments is not None
+        for handle, start in zip(adapters, batch.token_segments.start[:-1], strict=True):
+            if handle == 1:  # tokens that the base does not have
+                batch.tokens[batch.token_segments.rows[start]] = spec.vocab_size + seed % 3
+        copies, again = ([LayerCache(one.k.clone(), one.v.clone()) for one in caches] for _ in range(2))
+        program = Program(run, slab, caches, 130, CpuOps())
+        found = program(batch)
+        expected = ReferenceOps.prepare(CpuOps(), run, slab, copies, 130)(batch)
+        assert_alike(found, expected)
+        for one, other in zip(caches, copies, strict=True):
+            assert_alike(one.k, other.k)
+            assert_alike(one.v, other.v)
+        bases = len(sizes) - len(adapters)
+        rest = replace(batch, tokens=batch.tokens.clamp(max=spec.vocab_size - 1), overridden=False)
+        alone = Program(run, slab, again, 130)(rest)
+        assert torch.equal(found[:bases, : spec.vocab_size].nan_to_num(0), alone[:bases].nan_to_num(0))
 
     check()
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig
+from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig, PeftConfig
 from lorikeet.adapters.files import AdapterFile, Array
 from lorikeet.adapters.foreign import check_not_reordered
 from lorikeet.adapters.normal import Entry, compile_entries
@@ -85,7 +85,7 @@ def changes_of(adapter: str, file: AdapterFile, spec: ModelSpec, tensors: Mappin
             hint="weights act everywhere; serve it as an adapter",
             param="peft_type",
         )
-    if isinstance(config, LoraConfig) and with_own_vocabulary(config, file.shapes, spec) is not spec:
+    if isinstance(config, PeftConfig) and with_own_vocabulary(config, file.shapes, spec) is not spec:
         raise AdapterError(
             f"{adapter}: its embedding and head have not as many rows as the base's, {spec.vocab_size}",
             hint="fusing keeps the base's shapes; serve it as an adapter, or merge it with peft's merge_and_unload",
@@ -94,7 +94,7 @@ def changes_of(adapter: str, file: AdapterFile, spec: ModelSpec, tensors: Mappin
     check_not_reordered(file.folder / CONFIG, file.shapes, spec.family)
     loaded, _ = file.load()
     entries = compile_entries(config, loaded, spec, weights)
-    overrides = compile_overrides(config, loaded, spec, weights) if isinstance(config, LoraConfig) else []
+    overrides = compile_overrides(config, loaded, spec, weights) if isinstance(config, PeftConfig) else []
     changes = {_name_of(override): Change(override) for override in overrides}
     shapes = checkpoint_shapes(spec)
     for entry in entries:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig
+from lorikeet.adapters.configs import CONFIG, LoraConfig, LoreftConfig, PeftConfig
 from lorikeet.adapters.files import WEIGHTS, AdapterFile, Array, check_lock, read_lock
 from lorikeet.adapters.foreign import check_not_reordered
 from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
@@ -138,9 +138,9 @@ def compile_adapter(
         tables, config = BaseTensors(checkpoint), file.config
         entries = compile_entries(config, tensors, spec, tables)
         acts: dict[str, Any] = {}
-        if isinstance(config, LoraConfig):
+        if isinstance(config, PeftConfig):
             acts["overrides"] = compile_overrides(config, tensors, spec, tables)
-            acts["invocation"] = config.invocation
+            acts["invocation"] = config.invocation if isinstance(config, LoraConfig) else None
             own = with_own_vocabulary(config, file.shapes, spec)
             acts["vocab_size"] = None if own is spec else own.vocab_size
         elif isinstance(config, LoreftConfig):

@@ -49,7 +49,25 @@ class Targets:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(Targets):
+class PeftConfig(Targets):
+    """What the configs of PEFT's kinds share: their targets, and what was trained beside them as a whole."""
+
+    modules_to_save: tuple[str, ...] = ()  # ends of the names of modules that were trained as a whole
+    token_rows: dict[str, tuple[int, ...]] = field(default_factory=dict)  # which rows of these modules were trained
+    ties_weights: bool = False  # on a tied base, what is said of the embedding holds for the head, and the reverse
+
+    def targets(self, module: str) -> bool:
+        """As of every kind. A module that is saved whole is no target, though it may be named twice."""
+        saved = any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.modules_to_save)
+        return not saved and super().targets(module)
+
+    def saves_whole(self, module: str) -> bool:
+        """Whether the adapter has a copy of its own of this module."""
+        return any(module.endswith(name) for name in self.modules_to_save)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(PeftConfig):
     """What the config of a LoRA says that changes the computation.
 
     Ranks and alphas of a module are those of the first pattern that matches its name, else `r` and `alpha`.
@@ -63,19 +81,7 @@ class LoraConfig(Targets):
     use_dora: bool = False
     lora_bias: bool = False
     bias: str = "none"  # none | lora_only | all: which of the base's own biases were trained
-    modules_to_save: tuple[str, ...] = ()  # ends of the names of modules that were trained as a whole
-    token_rows: dict[str, tuple[int, ...]] = field(default_factory=dict)  # which rows of these modules were trained
-    ties_weights: bool = False  # on a tied base, what is said of the embedding holds for the head, and the reverse
     invocation: tuple[int, ...] | None = None  # token ids from whose last occurrence on the adapter acts (aLoRA)
-
-    def targets(self, module: str) -> bool:
-        """As of every kind. A module that is saved whole has no pair, though it may be named twice."""
-        saved = any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.modules_to_save)
-        return not saved and super().targets(module)
-
-    def saves_whole(self, module: str) -> bool:
-        """Whether the adapter has a copy of its own of this module."""
-        return any(module.endswith(name) for name in self.modules_to_save)
 
     def rank_of(self, module: str) -> int:
         return _first_match(self.rank_pattern, module, self.r)
@@ -98,7 +104,7 @@ class LoraConfig(Targets):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ia3Config(Targets):
+class Ia3Config(PeftConfig):
     """IA3 (Liu et al. 2022): vectors that outputs are multiplied with, or inputs of `feedforward_modules`."""
 
     feedforward_modules: str | tuple[str, ...] = ()
@@ -109,7 +115,7 @@ class Ia3Config(Targets):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeraConfig(Targets):
+class VeraConfig(PeftConfig):
     """VeRA (Kopiczko et al. 2024): vectors around one pair of projections that all modules share."""
 
     r: int
@@ -164,6 +170,7 @@ def read_config(folder: Path) -> AdapterConfig:
             positions=(first, last, left_out),
         )
     targets = _read_targets(raw)
+    targets["modules_to_save"] = tuple(_strings("modules_to_save", raw.get("modules_to_save") or ()))
     if kind == "IA3":
         inputs = _targets("feedforward_modules", raw.get("feedforward_modules") or ())
         return Ia3Config(feedforward_modules=inputs, **targets)
@@ -181,7 +188,6 @@ def read_config(folder: Path) -> AdapterConfig:
         use_dora=_flag("use_dora", raw.get("use_dora")),
         lora_bias=_flag("lora_bias", raw.get("lora_bias")),
         bias=raw.get("bias") or "none",
-        modules_to_save=tuple(_strings("modules_to_save", raw.get("modules_to_save") or ())),
         token_rows=_token_rows(raw.get("trainable_token_indices")),
         ties_weights=_flag("ensure_weight_tying", raw.get("ensure_weight_tying")),
         invocation=_invocation(raw.get("alora_invocation_tokens")),

@@ -28,7 +28,6 @@ _PROVENANCE = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
 )
 _STORED_BY_INPUT = ((False,), "the base's linear layers are stored [out, in]")
-_WHOLE_MODULES: tuple[tuple[Any, ...], str] = (([],), "fully trained modules are supported beside LoRA only")
 _LORA_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "arrow_config": ((), "Arrow routing is not supported"),
     "corda_config": ((), "CorDA changes the base weights; convert the adapter to plain LoRA when saving"),
@@ -40,7 +39,6 @@ _LORA_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "kasa_config": ((), "KaSA is not supported"),
     "layer_replication": ((), "replicated layers are not supported"),
-    "loftq_config": (({},), "LoftQ changes the base weights; convert the adapter to plain LoRA when saving"),
     "lora_ga_config": ((), "LoRA-GA changes the base weights; convert the adapter to plain LoRA when saving"),
     "megatron_config": ((), "Megatron layers are not supported"),
     "monteclora_config": ((), "MonteCLoRA is not supported"),
@@ -54,20 +52,21 @@ KINDS = {
         _TARGETS
         | {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "bias"}
         | {"modules_to_save", "trainable_token_indices", "ensure_weight_tying", "alora_invocation_tokens"},
-        _PROVENANCE | {"lora_dropout", "megatron_core", "qalora_group_size"},  # the last only with use_qalora
+        # The last two count only with use_qalora and with init_lora_weights "loftq", which are refused by themselves;
+        # PEFT's conversion of LoftQ to plain LoRA leaves its settings there.
+        _PROVENANCE | {"lora_dropout", "megatron_core", "qalora_group_size", "loftq_config"},
         _LORA_REFUSED,
     ),
     "IA3": Fields(
-        _TARGETS - {"layers_to_transform", "layers_pattern"} | {"feedforward_modules"},
+        _TARGETS - {"layers_to_transform", "layers_pattern"} | {"feedforward_modules", "modules_to_save"},
         _PROVENANCE | {"init_ia3_weights"},
-        {"fan_in_fan_out": _STORED_BY_INPUT, "modules_to_save": _WHOLE_MODULES},
+        {"fan_in_fan_out": _STORED_BY_INPUT},
     ),
     "VERA": Fields(
-        _TARGETS | {"r"},
+        _TARGETS | {"r", "modules_to_save"},
         _PROVENANCE | {"projection_prng_key", "vera_dropout", "d_initial", "init_weights"},
         {
             "fan_in_fan_out": _STORED_BY_INPUT,
-            "modules_to_save": _WHOLE_MODULES,
             "bias": (("none",), "trained biases are supported for LoRA only"),
             "save_projection": ((True,), "its projections are not in the file; save it with save_projection=True"),
         },

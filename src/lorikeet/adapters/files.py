@@ -23,6 +23,7 @@ from lorikeet.adapters.configs import (
     Ia3Config,
     LoraConfig,
     LoreftConfig,
+    PeftConfig,
     peft_fields,
     read_config,
 )
@@ -184,10 +185,10 @@ def content_hash(config: AdapterConfig, tensors: Mapping[tuple[str, Part], tuple
         meaning: list[Any] = [module, part, entry.dtype, list(entry.shape)]
         if isinstance(config, LoraConfig):
             meaning += [config.rank_of(module), config.scale_of(module)]
-            if part == "weight":
-                meaning += [config.saves_whole(module)]
         elif isinstance(config, Ia3Config):
             meaning += [config.is_feedforward(module)]
+        if isinstance(config, PeftConfig) and part == "weight":
+            meaning += [config.saves_whole(module)]
         digest.update(msgspec.msgpack.encode(meaning))
         digest.update(raw)
     return digest.hexdigest()

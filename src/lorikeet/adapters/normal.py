@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.configs import CONFIG, AdapterConfig, Ia3Config, LoraConfig, LoreftConfig, VeraConfig
+from lorikeet.adapters.configs import CONFIG, AdapterConfig, Ia3Config, LoraConfig, LoreftConfig, PeftConfig, VeraConfig
 from lorikeet.adapters.files import WEIGHTS, Array, Part, stored_name
 from lorikeet.adapters.overrides import check_overrides, parameter_of, with_own_vocabulary
 from lorikeet.errors import AdapterError
@@ -187,18 +187,17 @@ def check_adapter(config: AdapterConfig, shapes: Shapes, spec: ModelSpec) -> Tar
     as many tokens as the adapter's tables (`with_own_vocabulary`).
     """
     base_tokens = spec.vocab_size
-    if isinstance(config, LoraConfig):
-        spec = with_own_vocabulary(config, shapes, spec)
     if isinstance(config, LoreftConfig):
         targeted = _intervened(config, spec)
     else:
+        spec = with_own_vocabulary(config, shapes, spec)
         targeted = _targeted(config, spec, {module for module, _ in shapes})
     expected = {key: shape for module, sites in targeted.items() for key, shape in _shapes(config, module, sites)}
     if isinstance(config, VeraConfig):
         for part, side in (("shared_A", 1), ("shared_B", 0)):
             _check_shared(shapes, part, side, config.r, targeted)  # type: ignore[arg-type]
     beside = shapes.keys() - expected.keys()
-    if isinstance(config, LoraConfig):
+    if isinstance(config, PeftConfig):
         beside -= check_overrides(config, shapes, spec, base_tokens)
     for module, part in sorted(beside):
         if part not in ("shared_A", "shared_B") or not isinstance(config, VeraConfig):
@@ -291,7 +290,7 @@ def _check_beside(
     raise AdapterError(f"{WEIGHTS}: {module}: {reason}", param=module)
 
 
-def _targeted(config: AdapterConfig, spec: ModelSpec, present: set[str]) -> Targeted:
+def _targeted(config: Ia3Config | LoraConfig | VeraConfig, spec: ModelSpec, present: set[str]) -> Targeted:
     """Modules of the base that the config targets; names that match nothing, embedding and head are refused.
 
     A fused module counts where it is named, or where a pattern matches and its tensors are `present`: then a pattern

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorikeet.adapters.checkpoint import BaseTensors
-from lorikeet.adapters.configs import CONFIG, LoraConfig
+from lorikeet.adapters.configs import CONFIG, LoraConfig, PeftConfig
 from lorikeet.adapters.files import WEIGHTS, Array, Part, stored_name
 from lorikeet.errors import AdapterError
 from lorikeet.model.names import EMBED, HEAD, norm_of
@@ -52,7 +52,7 @@ class Override:
 class _Stored:
     """Where an adapter's file (`keys`) has the tables that stand in place of the base's, by PEFT's rules."""
 
-    config: LoraConfig
+    config: PeftConfig
     keys: Collection[Key]
     tied: bool
 
@@ -83,7 +83,7 @@ class _Stored:
         return (module, _OTHER[module]) if self.tied and self.config.ties_weights else (module,)
 
 
-def with_own_vocabulary(config: LoraConfig, shapes: Shapes, spec: ModelSpec) -> ModelSpec:
+def with_own_vocabulary(config: PeftConfig, shapes: Shapes, spec: ModelSpec) -> ModelSpec:
     """The base's `spec` with as many tokens as the adapter's tables have: more where it was trained on a model whose
     vocabulary was resized (`resize_token_embeddings`), or fewer where that cut off the padding of the base's tables.
 
@@ -105,7 +105,7 @@ def with_own_vocabulary(config: LoraConfig, shapes: Shapes, spec: ModelSpec) -> 
     return spec if count == spec.vocab_size else replace(spec, vocab_size=count)
 
 
-def compile_overrides(config: LoraConfig, tensors: Tensors, spec: ModelSpec, base: BaseTensors) -> list[Override]:
+def compile_overrides(config: PeftConfig, tensors: Tensors, spec: ModelSpec, base: BaseTensors) -> list[Override]:
     """`modules_to_save`, `trainable_token_indices`, and tables that were saved beside what was trained.
 
     `spec` is the base's. What is equal to the base is left out. Raises AdapterError for tensors that are one on this
@@ -125,7 +125,7 @@ def compile_overrides(config: LoraConfig, tensors: Tensors, spec: ModelSpec, bas
             place = norm_of(module, spec)
             assert place is not None
             found.append(Override(*place, values[None]))
-    if found and config.invocation is not None:
+    if found and isinstance(config, LoraConfig) and config.invocation is not None:
         raise AdapterError(
             f"{CONFIG}: alora_invocation_tokens: expected nothing trained but pairs, found {found[0].role}",
             hint="tables and norms act on the whole prompt; train pairs alone, or a LoRA without invocation",
@@ -134,7 +134,7 @@ def compile_overrides(config: LoraConfig, tensors: Tensors, spec: ModelSpec, bas
     return found
 
 
-def parameter_of(module: str, config: LoraConfig, tensors: Tensors, spec: ModelSpec, base: BaseTensors) -> Array:
+def parameter_of(module: str, config: PeftConfig, tensors: Tensors, spec: ModelSpec, base: BaseTensors) -> Array:
     """The base's own parameter of embedding or head, [V, d], as the adapter was trained on it; `spec` with its V."""
     stored = next(iter(_Stored(config, tensors.keys(), spec.tie_embeddings).parameters(module)), None)
     if stored is not None:
@@ -181,7 +181,7 @@ def _check_equal(keys: list[Key], tensors: Tensors) -> None:
             )
 
 
-def token_rows(config: LoraConfig, module: str) -> tuple[int, ...] | None:
+def token_rows(config: PeftConfig, module: str) -> tuple[int, ...] | None:
     """The rows of a table that were trained, None where the config names none."""
     return next((rows for name, rows in config.token_rows.items() if f".{module}".endswith(f".{name}")), None)
 
@@ -189,7 +189,7 @@ def token_rows(config: LoraConfig, module: str) -> tuple[int, ...] | None:
 # --- what fits ------------------------------------------------------------------------------------------------------
 
 
-def check_overrides(config: LoraConfig, shapes: Shapes, spec: ModelSpec, base_tokens: int) -> set[Key]:
+def check_overrides(config: PeftConfig, shapes: Shapes, spec: ModelSpec, base_tokens: int) -> set[Key]:
     """The tensors of `shapes` that override something. Raises AdapterError naming those that do not fit.
 
     `spec` has the adapter's own vocabulary, `base_tokens` is the size of the base's.
@@ -256,7 +256,7 @@ def _rows_shape(module: str, stored: _Stored, spec: ModelSpec) -> tuple[int, ...
     return (len(rows), spec.hidden_size)
 
 
-def _whole_shape(module: str, part: Part, config: LoraConfig, spec: ModelSpec) -> tuple[int, ...]:
+def _whole_shape(module: str, part: Part, config: PeftConfig, spec: ModelSpec) -> tuple[int, ...]:
     if module in _TABLES:
         return (spec.vocab_size, spec.hidden_size)
     if part == "weight" and norm_of(module, spec) is not None and config.saves_whole(module):

@@ -34,6 +34,7 @@ from lorikeet.adapters.download import (
     pause,
 )
 from lorikeet.adapters.files import LOCK, TOKENIZER_FILES, WEIGHTS
+from lorikeet.adapters.proxy import Proxy
 from lorikeet.adapters.references import Credentials, Kind, Reference, parse
 from lorikeet.adapters.transport import Deadline, Http, Reply, TransientError
 from lorikeet.config import SourceConfig
@@ -166,12 +167,22 @@ def not_there(title: str, name: str | None = None) -> NotFoundError:
 # --- https --------------------------------------------------------------------------------------------------------
 
 
+def http_of(config: SourceConfig, trusted: tuple[str, ...] = ()) -> Http:
+    """Raises `ConfigError` where there is to be a proxy and the environment names none."""
+    return Http(
+        stall_seconds=config.stall_seconds,
+        allow_private=config.allow_private,
+        trusted=trusted,
+        proxy=Proxy.of_environment() if config.use_proxy else None,
+    )
+
+
 class HttpsSource:
     """A folder behind a URL: its files lie beside each other below it."""
 
     def __init__(self, reference: Reference, credentials: Credentials, config: SourceConfig) -> None:
         self._url = reference.location
-        self._http = Http(stall_seconds=config.stall_seconds, allow_private=config.allow_private)
+        self._http = http_of(config)
         self._headers = {} if credentials.token is None else {"authorization": f"Bearer {credentials.token}"}
 
     def manifest(self, deadline: Deadline) -> Manifest:
@@ -255,9 +266,7 @@ class HubSource:
         self._endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         token = credentials.token or get_token()
         self._headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        self._http = Http(
-            stall_seconds=config.stall_seconds, allow_private=config.allow_private, trusted=(self._endpoint,)
-        )
+        self._http = http_of(config, trusted=(self._endpoint,))
 
     def manifest(self, deadline: Deadline) -> Manifest:
         title = str(self._reference)
@@ -440,11 +449,12 @@ def _s3_options(token: str | None, config: SourceConfig) -> dict[str, Any]:
 
 
 def _gs_options(token: str | None, config: SourceConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"session_kwargs": {"trust_env": True}}  # proxies, as the other libraries do
     if token is None:
-        return {}
+        return options
     from google.oauth2.credentials import Credentials as GoogleCredentials  # a string would be taken for a file's name
 
-    return {"token": GoogleCredentials(token)}
+    return {**options, "token": GoogleCredentials(token)}
 
 
 def _az_options(token: str | None, config: SourceConfig) -> dict[str, Any]:

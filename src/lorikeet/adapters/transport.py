@@ -1,7 +1,8 @@
 """HTTP for downloads: only to addresses that were checked, with a deadline on every byte. No torch.
 
 A name is resolved once, every address it has is checked, and the connection goes to one of exactly these: a name that
-resolves differently a moment later changes nothing. Each redirect is checked in the same way.
+resolves differently a moment later changes nothing. Each redirect is checked in the same way. Through a proxy the
+same holds: it is told the address, unless addresses are not checked at all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from functools import lru_cache
 from types import TracebackType
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from lorikeet.adapters import proxy as proxies
+from lorikeet.adapters.proxy import Proxy
 from lorikeet.errors import NotFoundError, SourceError, SourceRefusedError
 
 MAX_REDIRECTS = 5
@@ -117,12 +120,21 @@ class Reply:
 class Http:
     """GET and HEAD over https. `trusted` origins (`https://host:port`) are the operator's: any address, http too.
 
-    `allow_private` drops the check of addresses and lets http pass, for every host.
+    `allow_private` drops the check of addresses and lets http pass, for every host. `proxy` is for all https but that
+    to the hosts of `$NO_PROXY`; it resolves the names of hosts whose addresses are not checked.
     """
 
-    def __init__(self, *, stall_seconds: float, allow_private: bool = False, trusted: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        stall_seconds: float,
+        allow_private: bool = False,
+        trusted: Collection[str] = (),
+        proxy: Proxy | None = None,
+    ) -> None:
         self._stall = stall_seconds
         self._allow_private = allow_private
+        self._proxy = proxy
         self._trusted = {origin(url) for url in trusted}
 
     def open(
@@ -148,7 +160,9 @@ class Http:
     def _once(self, method: str, url: str, headers: Mapping[str, str], deadline: Deadline) -> Reply:
         parts = self._checked(url)
         host, port = str(parts.hostname), parts.port or _PORTS[parts.scheme]
-        connection = self._connect(host, port, self._addresses(parts, host, port), deadline)
+        proxy = self._proxy if parts.scheme == "https" and proxies.is_meant(host, port) else None
+        addresses = [host] if proxy is not None and self._is_free(url) else self._addresses(parts, host, port)
+        connection = self._connect(host, port, addresses, deadline, proxy)
         try:
             connection = self._secured(connection, parts.scheme, host, deadline)
             timed = _TimedSocket(connection, deadline, self._stall)
@@ -169,13 +183,16 @@ class Http:
 
     def _checked(self, url: str) -> SplitResult:
         parts = split_url(url)
-        free = self._allow_private or origin(url) in self._trusted
-        if parts.scheme == "http" and not free:
+        if parts.scheme == "http" and not self._is_free(url):
             raise SourceRefusedError(
                 f"{parts.hostname}: found http://, expected https://",
                 hint="start the server with --allow-private-sources to allow it",
             )
         return parts
+
+    def _is_free(self, url: str) -> bool:
+        """Whether any address will do."""
+        return self._allow_private or origin(url) in self._trusted
 
     def _addresses(self, parts: SplitResult, host: str, port: int) -> list[str]:
         """The addresses of a host, all of them public unless the host is trusted."""
@@ -183,12 +200,12 @@ class Http:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except socket.gaierror as error:
             if error.errno == socket.EAI_AGAIN:
-                raise TransientError(f"{host}: its name could not be resolved") from error
-            raise NotFoundError(f"{host}: there is no such host", param="model") from error
+                raise TransientError(f"{host}: its name could not be resolved{self._unused(host, port)}") from error
+            raise NotFoundError(f"{host}: there is no such host{self._unused(host, port)}", param="model") from error
         except UnicodeError as error:
             raise NotFoundError(f"{host[:80]!r} is not the name of a host", param="model") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        if not self._allow_private and origin(parts.geturl()) not in self._trusted:
+        if not self._is_free(parts.geturl()):
             for address in addresses:
                 kind = private_kind(address)
                 if kind is not None:
@@ -198,14 +215,29 @@ class Http:
                     )
         return addresses
 
-    def _connect(self, host: str, port: int, addresses: list[str], deadline: Deadline) -> socket.socket:
+    def _connect(
+        self, host: str, port: int, addresses: list[str], deadline: Deadline, proxy: Proxy | None
+    ) -> socket.socket:
+        def left() -> float:
+            return min(self._stall, deadline.left())
+
         problem: Exception | None = None
         for address in addresses:
             try:
-                return socket.create_connection((address, port), timeout=min(self._stall, deadline.left()))
+                if proxy is not None:
+                    return proxy.connect(address, port, left)
+                return socket.create_connection((address, port), timeout=left())
             except OSError as error:
                 problem = error
-        raise TransientError(f"{host}: {_reason(problem)}") from problem
+        if proxy is not None:
+            raise TransientError(f"{host} through the proxy {proxy.host}:{proxy.port}: {_reason(problem)}") from problem
+        raise TransientError(f"{host}: {_reason(problem)}{self._unused(host, port)}") from problem
+
+    def _unused(self, host: str, port: int) -> str:
+        """What to add to a failure that a proxy of the environment might have spared."""
+        if self._proxy is not None or not proxies.is_meant(host, port):
+            return ""
+        return f" (HTTPS_PROXY is set, but used with {proxies.FLAG} alone)"
 
     def _secured(self, connection: socket.socket, scheme: str, host: str, deadline: Deadline) -> socket.socket:
         if scheme == "http":

@@ -32,8 +32,7 @@ class CpuOps(ReferenceOps):
     def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
         """A recorded program, one launch a step, where there are kernels for all of it; else kernel by kernel.
 
-        So are the steps in which an adapter acts on embedding, head or norms, and all steps where several processes
-        hold the model: programs do not wait for one another.
+        So are all steps where several processes hold the model: programs do not wait for one another.
         """
         one_by_one = super().prepare(forward, slab, cache, rows)
         if self.ranks is not None:
@@ -41,11 +40,10 @@ class CpuOps(ReferenceOps):
         if not cache_folder().exists():
             log.info("compiling kernels for this processor, once: about half a minute")
         try:
-            program = Program(forward, slab, cache, rows)
+            return Program(forward, slab, cache, rows, self)
         except NotRecordable as reason:
             log.info("kernels are launched one by one: programs do not take %s", reason)
             return one_by_one
-        return lambda batch: (one_by_one if batch.overridden else program)(batch)
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         """A plain head is read as it lies. A packed fp32 product is unrounded already; oneDNN's bf16 is unpacked."""

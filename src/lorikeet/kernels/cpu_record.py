@@ -3,13 +3,18 @@
 A step of many small kernels is bounded by what launching them costs. So the decoder, written in kernels as it is, is
 run once by a `Recorder`, whose kernels compute nothing: they choose where their results will be and write down what
 to do. `Program` carries that out in one launch, whatever the number of rows.
+
+What few adapters do is no part of it: tables and norms of their own, pairs on embedding and head, interventions on the
+residual stream. The recorder notes the places where they may, and a step that has such adapters makes a pause at the
+places where one of them does: what they do there is left to the kernels, for their rows.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +30,27 @@ from lorikeet.kernels.cpu_rows import check_rows
 from lorikeet.kernels.cpu_runtime import TAGS
 from lorikeet.kernels.cpu_team import team
 from lorikeet.kernels.cpu_tiles import TILE
-from lorikeet.kernels.reference import Forward
+from lorikeet.kernels.reference import Forward, ReferenceOps
 from lorikeet.kernels.weight import DenseWeight, Panels, Weight
-from lorikeet.types import SiteGroup
+from lorikeet.types import Site, SiteGroup
+
+Show = Callable[[int], Tensor]  # the first so many rows of a result
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A place in a program, after `at` operations, where adapters may have more to do than these.
+
+    They do where they put something in place of the base's `role` in `layer`, or where they act on `site`.
+    `work` is given the kernels, the batch, and of the rows that the place is about their segments and their number.
+    """
+
+    at: int
+    kind: Field
+    role: str
+    layer: int | None
+    site: Site | None
+    work: Callable[[ReferenceOps, Batch, Segments, int], None]
 
 
 class NotRecordable(Exception):
@@ -54,6 +77,17 @@ class Buffers:
         else:
             array = np.empty(self.rows * width * dtype.itemsize, np.uint8)
             arrays.append(array)
+        return self._shown(array, width, dtype)
+
+    def later(self, tensor: Tensor) -> Show:
+        """How to look at a result [rows, width] once the program runs. It does not keep its memory from being taken
+        again, by what comes after the place where it is looked at."""
+        width, dtype = tensor.shape[1], tensor.dtype
+        arrays, address = self._held[width, dtype], tensor.data_ptr()
+        index = [array.ctypes.data for array in arrays].index(address)
+        return lambda rows: self._shown(arrays[index], width, dtype)[:rows]
+
+    def _shown(self, array: Any, width: int, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(array).view(dtype).view(self.rows, width)
 
 
@@ -69,6 +103,9 @@ class Recorder:
         self.numbers: list[float] = []
         self.kept: list[Any] = []  # whose addresses are in the program
         self.stored: set[torch.dtype] = set()
+        self.pauses: list[Pause] = []
+        self.head: tuple[Show, Site] | None = None  # what the head reads, for the adapters that act on it
+        self.tokens = 0  # of the base's embedding
         self._buffers = Buffers(self.rows)
         self.kept.append(self._buffers)
         self._kind = Field.TOKEN_ROWS
@@ -98,7 +135,55 @@ class Recorder:
         return out
 
     def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
-        return self.take(table, tokens)
+        """Of the batch's tokens; `Program` sees to it that the table has a row for each."""
+        self.tokens = len(table)
+        return self.take(table, self.batch.tokens)
+
+    def _pause(
+        self,
+        role: str,
+        layer: int | None,
+        site: Site | None,
+        work: Callable[[ReferenceOps, Batch, Segments, int], None],
+    ) -> None:
+        self.pauses.append(Pause(len(self.operations), self._kind, role, layer, site, work))
+
+    def adapt_embedding(self, x: Tensor, tokens: Tensor, adapters: Any, site: Site, segments: Segments) -> Tensor:
+        show = self._buffers.later(x)
+
+        def work(ops: ReferenceOps, batch: Batch, segments: Segments, rows: int) -> None:
+            ops.adapt_embedding(show(rows), batch.tokens, adapters, site, segments)
+
+        self._pause("embed", None, site, work)
+        return x
+
+    def adapt_norm(
+        self, h: Tensor, residual: Tensor, adapters: Any, role: str, layer: int | None, segments: Segments, eps: float
+    ) -> Tensor:
+        normed, stream = self._buffers.later(h), self._buffers.later(residual)
+
+        def work(ops: ReferenceOps, batch: Batch, segments: Segments, rows: int) -> None:
+            ops.adapt_norm(normed(rows), stream(rows), adapters, role, layer, segments, eps)
+
+        self._pause(role, layer, None, work)
+        return h
+
+    def adapt_residual(
+        self, x: Tensor, residual: Tensor, adapters: Any, site: Site, segments: Segments
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is added to the stream, to the one of its parts that is new; no adapter multiplies the stream."""
+        new, old, group = self._buffers.later(x), self._buffers.later(residual), SiteGroup((site,), (0,))
+
+        def work(ops: ReferenceOps, batch: Batch, segments: Segments, rows: int) -> None:
+            x, stream = new(rows), new(rows) + old(rows)
+            ops.output_scale(ops.lowrank_add(x, stream, adapters, group, segments), adapters, group, segments)
+
+        self._pause("residual", site.layer, site, work)
+        return x, residual
+
+    def adapt_logits(self, logits: Tensor, x: Tensor, adapters: Any, site: Site, segments: Segments) -> Tensor:
+        self.head = (self._buffers.later(x), site)
+        return logits
 
     def reduce(self, x: Tensor) -> Tensor:
         return x
@@ -236,8 +321,16 @@ class Recorder:
 class Program:
     """A recorded forward pass of up to `rows` rows. Used by one thread at a time."""
 
-    def __init__(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> None:
-        """Raises NotRecordable where this processor, or the model, needs kernels that programs do not have."""
+    def __init__(
+        self,
+        forward: Forward,
+        slab: Slab,
+        cache: Sequence[LayerCache],
+        rows: int,
+        ops: ReferenceOps | None = None,
+    ) -> None:
+        """`ops` are the kernels of what few adapters do. Raises NotRecordable where this processor, or the model, needs
+        kernels that programs do not have."""
         if not AVAILABLE:
             raise NotRecordable("bf16 products on a processor without AVX512-BF16")
         recorder = Recorder(_any_batch(rows))
@@ -245,6 +338,8 @@ class Program:
         if len(recorder.stored) != 1:
             raise NotRecordable(f"linear layers held as {recorder.stored}")
         self.rows, self._slab, self._vocabulary, self._kept = rows, slab, vocabulary, recorder.kept
+        self._ops, self._pauses, self._head = ops or ReferenceOps(), recorder.pauses, recorder.head
+        self._last_token = recorder.tokens - 1
         self._stored = STORED[recorder.stored.pop()]
         self._operations = np.array(recorder.finish(), np.int64)
         self._numbers = np.array(recorder.numbers, np.float32)
@@ -261,11 +356,13 @@ class Program:
             raise ValueError(f"a step of {tokens} tokens and {wanted} rows of logits; expected at most {self.rows}")
         slab, arguments = self._slab, BatchArguments(batch)
         out = torch.empty(wanted, self._vocabulary)
+        # Tokens that an adapter adds are not in the base's table: it has rows of its own for them.
+        known = batch.tokens.clamp(max=self._last_token) if batch.overridden else batch.tokens
         segments = [
             None if part is None else SegmentArrays(part) for part in (batch.token_segments, batch.logit_segments)
         ]
         self._fields[:] = (
-            tokens, wanted, batch.tokens.data_ptr(), batch.positions.data_ptr(), batch.logit_rows.data_ptr(),
+            tokens, wanted, known.data_ptr(), batch.positions.data_ptr(), batch.logit_rows.data_ptr(),
             *arguments.sequences, *arguments.table, arguments.slots, out.data_ptr(),
             slab.table.data_ptr(), slab.table.shape[1], slab.scale.data_ptr(), slab.data.data_ptr(),
             self._room(segments[0]),
@@ -273,11 +370,50 @@ class Program:
             *((0, 0, 0, 0) if segments[1] is None else segments[1].arguments),
             batch.scaled, 0 if slab.vectors is None else slab.vectors.data_ptr(),
         )  # fmt: skip
-        program_kernel(
-            self._operations.ctypes.data, len(self._operations), self._numbers.ctypes.data, self._fields.ctypes.data,
-            self._counter.ctypes.data, self._parts, TAGS[torch.bfloat16], TAGS[slab.data.dtype], self._stored,
-        )  # fmt: skip
+        begin = 0
+        for pause, of_rows in self._due(batch):
+            self._launch(begin, pause.at)
+            pause.work(self._ops, batch, of_rows, wanted if pause.kind is Field.LOGIT_ROWS else tokens)
+            begin = pause.at
+        self._launch(begin, len(self._operations))
+        if batch.overridden and batch.logit_segments is not None and self._head is not None:
+            show, site = self._head
+            return self._ops.adapt_logits(out, show(wanted), slab, site, batch.logit_segments)
         return out
+
+    def _launch(self, begin: int, end: int) -> None:
+        """Carry out the operations [begin, end)."""
+        if begin == end:
+            return
+        program_kernel(
+            self._operations[begin:].ctypes.data, end - begin, self._numbers[begin:].ctypes.data,
+            self._fields.ctypes.data, self._counter.ctypes.data, self._parts, TAGS[torch.bfloat16],
+            TAGS[self._slab.data.dtype], self._stored,
+        )  # fmt: skip
+
+    def _due(self, batch: Batch) -> Iterator[tuple[Pause, Segments]]:
+        """The pauses at which an adapter of the batch has something to do, with the segments of the rows there."""
+        if not batch.overridden:
+            return
+        of_kind = {Field.TOKEN_ROWS: batch.token_segments, Field.LOGIT_ROWS: batch.logit_segments}
+        parts = {
+            kind: {(one.role, one.layer) for handle in segments.adapter for one in self._slab.overrides.get(handle, ())}
+            for kind, segments in of_kind.items()
+            if segments is not None
+        }
+        for pause in self._pauses:
+            segments = of_kind[pause.kind]
+            if segments is None or not segments.adapter:
+                continue
+            if (pause.role, pause.layer) in parts[pause.kind] or self._acts(segments.adapter, pause.site):
+                yield pause, segments
+
+    def _acts(self, handles: list[int], site: Site | None) -> bool:
+        if site is None:
+            return False
+        vectors = self._slab.vectors
+        paired = self._slab.table.numpy()[handles, site.index, 4].any()
+        return bool(paired or (vectors is not None and (vectors.numpy()[handles, site.index] >= 0).any()))
 
     def _room(self, segments: SegmentArrays | None) -> int:
         """The address of room for s A x of all rows at the sites of any one group."""
@@ -297,5 +433,5 @@ def _any_batch(rows: int) -> Batch:
     return Batch(
         tokens=long, positions=long.clone(), query_start=short, kv_len=short, max_query=rows, max_kv=rows,
         block_table=short.unsqueeze(1), cache_slot=long.clone(), token_segments=segments[0], logit_rows=long.clone(),
-        logit_segments=segments[1], scaled=True,
+        logit_segments=segments[1], scaled=True, overridden=True,
     )  # fmt: skip

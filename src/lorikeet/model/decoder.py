@@ -50,6 +50,9 @@ class ServingOps(Ops, Protocol):
     def adapt_norm(
         self, h: Tensor, residual: Tensor, adapters: Any, role: str, layer: int | None, segments: Segments, eps: float
     ) -> Tensor: ...
+    def adapt_residual(
+        self, x: Tensor, residual: Tensor, adapters: Any, site: Site, segments: Segments
+    ) -> tuple[Tensor, Tensor | None]: ...
     def adapt_logits(self, logits: Tensor, x: Tensor, adapters: Any, site: Site, segments: Segments) -> Tensor: ...
     def prepare(
         self, forward: Callable[..., Tensor], slab: Slab, cache: Sequence[LayerCache], rows: int
@@ -181,12 +184,10 @@ class _Adapted:
         return h, residual
 
     def residual(self, x: Tensor, residual: Tensor | None, layer: int) -> tuple[Tensor, Tensor | None]:
-        """The stream after a layer, x + residual: as one tensor where adapters act on it."""
+        """The stream after a layer is x + residual."""
         if (segments := self.overriding) is None or residual is None:
             return x, residual
-        stream, group = x + residual, SiteGroup((self.spec.residual_sites[layer],), (0,))
-        stream = self.ops.lowrank_add(stream, stream, self.adapters, group, segments)
-        return self.more.output_scale(stream, self.adapters, group, segments), None
+        return self.more.adapt_residual(x, residual, self.adapters, self.spec.residual_sites[layer], segments)
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         logits = self.ops.gather(self.ops.logits(weight, x), self.spec.vocab_size)

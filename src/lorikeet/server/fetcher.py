@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from lorikeet.adapters.download import Manifest, Source, Store, check_sizes
 from lorikeet.adapters.references import Credentials, Kind, Reference
-from lorikeet.adapters.sources import look, open_source, require
+from lorikeet.adapters.sources import http_of, look, open_source, require
 from lorikeet.adapters.transport import Deadline
 from lorikeet.config import SourceConfig
 from lorikeet.errors import DeadlineError, LorikeetError, NotFoundError, SourceRefusedError
@@ -52,7 +52,7 @@ class _Seen:
 class Fetcher:
     """`kinds` are the sources that may be used. `folder` is where downloads are kept.
 
-    Raises `ConfigError` for a kind whose package is not installed.
+    Raises `ConfigError` for a kind whose package is not installed, or a proxy that the environment does not name.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Fetcher:
     ) -> None:
         for kind in kinds:
             require(kind)  # what is missing is said at the start, and no request waits for an import
+        http_of(config or SourceConfig())  # and a proxy that is not there
         self.kinds = kinds
         self.config = config or SourceConfig()
         self._store = Store(folder, self.config)
