@@ -205,7 +205,7 @@ def next_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logprobs[..., :-1, :].gather(-1, tokens[..., 1:].unsqueeze(-1)).squeeze(-1)
 
 
-def make_slab(paths: list[Path], spec: Any) -> Any:
+def make_slab(paths: list[Path], spec: Any, rank: int = 0) -> Any:
     """A reference `Slab` of compiled adapter files: handle i is `paths[i]`, one after the other in one buffer."""
     from lorikeet.adapters.compiled import open_compiled
     from lorikeet.kernels.batch import Slab, SlabOverride
@@ -216,7 +216,7 @@ def make_slab(paths: list[Path], spec: Any) -> Any:
     vectors = torch.full((len(paths), sites, 2), -1)
     parts, at, overrides, vocabulary = [], 0, {}, {}
     for handle, path in enumerate(paths):
-        compiled = open_compiled(path)
+        compiled = open_compiled(path, rank)
         for e in compiled.header.entries:
             table[handle, e.site] = torch.tensor([at + e.a, at + e.b, e.stride_a, e.stride_b, e.rank])
             scale[handle, e.site] = e.scale

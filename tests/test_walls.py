@@ -29,7 +29,7 @@ GROUND = {
 ROOMS: dict[str, set[str]] = {
     "ground": set(),
     "kernels": set(),
-    "adapters": {"model.names", "model.spec"},
+    "adapters": {"model.names", "model.shard", "model.spec"},
     "model": {"kernels", "adapters"},
     "engine": {"model", "kernels", "adapters"},
     "train": {"model", "kernels", "adapters", "data.formats", "data.synthesize"},

@@ -4,6 +4,9 @@ Layout: 8 bytes magic, 8 bytes little-endian header length, a msgpack header, th
 data as one contiguous run. Rows of A and B start at multiples of 64 bytes; offsets and strides are in elements from
 the start of the data, so that bringing an adapter into the slab is one copy and its table is its offsets plus a base.
 Every A of a layer stands before its first B: those that a step reads together (of q, k and v, say) are one stream.
+
+Compiled for several processes that hold the base together (`model.shard`), a file has the part of each, one after the
+other, and then once what every rank needs of overrides. Parts differ in their numbers alone: one header is for all.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +33,7 @@ from lorikeet.adapters.foreign import check_not_reordered
 from lorikeet.adapters.normal import Entry, check_adapter, compile_entries
 from lorikeet.adapters.overrides import Override, compile_overrides, with_own_vocabulary
 from lorikeet.errors import AdapterError, disk_error
+from lorikeet.model.shard import Shard
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, BaseIdentity
 
@@ -76,7 +80,9 @@ class CompiledOverride(msgspec.Struct, frozen=True, array_like=True):
 
 class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
     """`nbytes` is the length of the data; `base_sha256` the base whose shapes were checked. `vocab_size` is how many
-    tokens the adapter's own embedding and head have, None: as the base's."""
+    tokens the adapter's own embedding and head have, None: as the base's.
+
+    `ranks` processes have `nbytes` each, of which the last `shared` are the same for all."""
 
     digest: str
     base_sha256: str
@@ -88,6 +94,8 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
     invocation: tuple[int, ...] | None = None
     positions: tuple[int, int, int] | None = None
     vocab_size: int | None = None
+    ranks: int = 1
+    shared: int = 0
 
     def info(self, path: Path) -> AdapterInfo:
         return AdapterInfo(
@@ -119,11 +127,13 @@ def compile_adapter(
     cache: Path,
     allow_lock_mismatch: bool = False,
     checkpoint: Sequence[Path] = (),
+    ranks: int = 1,
 ) -> AdapterInfo:
     """Read, check, hash and compile the PEFT directory `folder` for one base; an existing file is used again.
 
-    `checkpoint` are the base's safetensors files, read only for kinds that depend on them. The file appears whole or
-    not at all. Raises AdapterError (422), LockMismatchError (409), or DiskFullError (507).
+    `checkpoint` are the base's safetensors files, read only for kinds that depend on them. `ranks` processes hold the
+    base; `nbytes` is what one of them takes. The file appears whole or not at all. Raises AdapterError (422),
+    LockMismatchError (409), or DiskFullError (507).
     """
     lock = read_lock(folder)
     if lock is not None and not allow_lock_mismatch:
@@ -132,8 +142,8 @@ def compile_adapter(
         check_adapter(file.config, file.shapes, spec)  # before any data is read
         check_not_reordered(folder / CONFIG, file.shapes, spec.family)
         tensors, digest = file.load()
-        path = cache / compiled_name(digest, base, dtype)
-        if (info := _known(path, digest, base, dtype)) is not None:
+        path = cache / compiled_name(digest, base, dtype, ranks)
+        if (info := _known(path, digest, base, dtype, ranks)) is not None:
             return info
         tables, config = BaseTensors(checkpoint), file.config
         entries = compile_entries(config, tensors, spec, tables)
@@ -145,18 +155,19 @@ def compile_adapter(
             acts["vocab_size"] = None if own is spec else own.vocab_size
         elif isinstance(config, LoreftConfig):
             acts["positions"] = config.positions
-        header, data = lay_out(entries, digest, base, dtype, config.kind, **acts)
+        shards = [Shard(spec, rank, ranks) for rank in range(ranks)]
+        header, data = lay_out_parts(entries, shards, digest, base, dtype, config.kind, **acts)
     _write(path, header, data)
     return header.info(path)
 
 
-def _known(path: Path, digest: str, base: BaseIdentity, dtype: Dtype) -> AdapterInfo | None:
+def _known(path: Path, digest: str, base: BaseIdentity, dtype: Dtype, ranks: int) -> AdapterInfo | None:
     """What was compiled before. A damaged file, or one that is another adapter's, is removed."""
     if not path.exists():
         return None
     try:
         header = open_compiled(path).header
-        if (header.digest, header.base_sha256, header.dtype) == (digest, base.sha256, dtype):
+        if (header.digest, header.base_sha256, header.dtype, header.ranks) == (digest, base.sha256, dtype, ranks):
             os.utime(path)  # its last use, which is what `trim` goes by
             return header.info(path)
     except (AdapterError, FileNotFoundError):
@@ -185,10 +196,45 @@ def remove_leftovers(cache: Path) -> None:
                 path.unlink()
 
 
-def compiled_name(digest: str, base: BaseIdentity, dtype: Dtype) -> str:
-    """File name of a compiled adapter: what it is, and for which base, dtype and compiler."""
-    made_for = hashlib.sha256(f"{base.sha256} {dtype} {VERSION}".encode()).hexdigest()
+def compiled_name(digest: str, base: BaseIdentity, dtype: Dtype, ranks: int = 1) -> str:
+    """File name of a compiled adapter: what it is, and for which base, dtype, compiler and number of processes."""
+    divided = f" {ranks} ranks" if ranks > 1 else ""
+    made_for = hashlib.sha256(f"{base.sha256} {dtype} {VERSION}{divided}".encode()).hexdigest()
     return f"{digest}-{made_for[:16]}{SUFFIX}"
+
+
+def part_of(entry: Entry, shard: Shard) -> Entry:
+    """What one rank holds of an entry: B, gain and shift of the outputs that it computes, A of the inputs it reads.
+
+    Where inputs are divided, B (A x) is summed over the ranks as the layer's own product is; gain and shift, for what
+    comes of the sum, are whole.
+    """
+    outputs, inputs = shard.outputs(entry.site.role), shard.inputs(entry.site.role)
+    a, b = entry.a[:, inputs], entry.b[:, outputs]
+    gain, shift = (None if vector is None else vector[outputs] for vector in (entry.gain, entry.shift))
+    return Entry(replace(entry.site, d_in=a.shape[1], d_out=b.shape[1]), a, b, entry.scale, gain, shift)
+
+
+def lay_out_parts(
+    entries: list[Entry],
+    shards: Sequence[Shard],
+    digest: str,
+    base: BaseIdentity,
+    dtype: Dtype,
+    kind: str = "lora",
+    *,
+    overrides: Sequence[Override] = (),
+    **acts: Any,
+) -> tuple[CompiledHeader, list[NDArray[Any]]]:
+    """`lay_out` of each shard's part. The arrays, one after the other, are the file's data."""
+    parts = [[part_of(entry, shard) for entry in entries] for shard in shards]
+    header, first = lay_out(parts[0], digest, base, dtype, kind, overrides=overrides, **acts)
+    if len(shards) == 1:
+        return header, [first]
+    others = [lay_out(part, digest, base, dtype, kind)[1] for part in parts[1:]]
+    own = others[0].size
+    shared = header.nbytes - others[0].nbytes
+    return msgspec.structs.replace(header, ranks=len(shards), shared=shared), [first[:own], *others, first[own:]]
 
 
 def lay_out(
@@ -253,8 +299,9 @@ def bfloat16_bits(values: Array) -> NDArray[np.uint16]:
     return rounded
 
 
-def open_compiled(path: Path) -> CompiledAdapter:
-    """Map a compiled adapter; AdapterError where the file is not whole."""
+def open_compiled(path: Path, rank: int = 0, ranks: int | None = None) -> CompiledAdapter:
+    """Map the part of a compiled adapter that `rank` holds. AdapterError where the file is not whole, or is not for
+    `ranks` processes (None: for any number)."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -266,12 +313,20 @@ def open_compiled(path: Path) -> CompiledAdapter:
             header = msgspec.msgpack.decode(file.read(length), type=CompiledHeader)
     except (OSError, msgspec.DecodeError) as error:
         raise AdapterError(f"{path.name}: not a readable compiled adapter: {error}") from error
-    start = _aligned(16 + length)
-    if start + header.nbytes != size:
-        raise AdapterError(f"{path.name}: expected {start + header.nbytes} bytes, found {size}")
+    start, own = _aligned(16 + length), header.nbytes - header.shared
+    end = start + header.ranks * own
+    if end + header.shared != size:
+        raise AdapterError(f"{path.name}: expected {end + header.shared} bytes, found {size}")
+    if ranks not in (None, header.ranks):
+        raise AdapterError(f"{path.name}: expected parts for {ranks} processes, found {header.ranks}")
+    parts = [(start + rank * own, own), (end, header.shared)]
+    if rank + 1 == header.ranks:  # they are one
+        parts = [(start + rank * own, header.nbytes)]
     storage = np.dtype(_STORAGE[header.dtype])
-    data = np.memmap(path, storage, "r", offset=start, shape=(header.nbytes // storage.itemsize,))
-    return CompiledAdapter(header, data)
+    mapped = [
+        np.memmap(path, storage, "r", at, (count // storage.itemsize,)) for at, count in parts if count or at < end
+    ]
+    return CompiledAdapter(header, mapped[0] if len(mapped) == 1 else np.concatenate(mapped))
 
 
 def in_memory(path: Path, start: int, count: int, nbytes: int) -> bool:
@@ -291,7 +346,7 @@ def in_memory(path: Path, start: int, count: int, nbytes: int) -> bool:
     return True
 
 
-def _write(path: Path, header: CompiledHeader, data: NDArray[Any]) -> None:
+def _write(path: Path, header: CompiledHeader, data: Sequence[NDArray[Any]]) -> None:
     encoded = msgspec.msgpack.encode(header)
     prefix = MAGIC + struct.pack("<Q", len(encoded)) + encoded
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
@@ -299,7 +354,8 @@ def _write(path: Path, header: CompiledHeader, data: NDArray[Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with fresh.open("wb") as file:
             file.write(prefix.ljust(_aligned(len(prefix)), b"\0"))
-            file.write(data.data)
+            for part in data:
+                file.write(part.data)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)

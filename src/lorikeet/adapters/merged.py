@@ -33,8 +33,10 @@ def compile_merged(
     cache: Path,
     compile_folder: Callable[[Path], AdapterInfo],
     allow_lock_mismatch: bool = False,
+    ranks: int = 1,
 ) -> AdapterInfo:
-    """Merge the PEFT directories that `spec.adapters` names and compile the result with `compile_folder`.
+    """Merge the PEFT directories that `spec.adapters` names and compile the result with `compile_folder`, which is for
+    `ranks` processes.
 
     `digests` are the contents asked for. Raises what `merge` and `compile_folder` raise, LockMismatchError for
     an adapter of another base, UnavailableError for one that was replaced in the meantime.
@@ -49,7 +51,7 @@ def compile_merged(
         if source.digest != digest:
             raise UnavailableError(f"{source.name} was replaced while it was to be merged", hint="try again shortly")
     key = merge_key(spec, digests)
-    note = cache / f"{compiled_name(key, base, dtype)}{SUFFIX}"
+    note = cache / f"{compiled_name(key, base, dtype, ranks)}{SUFFIX}"
     with suppress(OSError, AdapterError):  # no such merge yet, or its compiled file was trimmed or damaged
         path = cache / note.read_text("ascii")
         info = open_compiled(path).header.info(path)

@@ -36,6 +36,7 @@ class AdapterCompiler:
             Path(settings.cache),
             settings.allow_lock_mismatch,
             [Path(path) for path in settings.checkpoint],
+            settings.ranks,
         )
         rows = info.vocab_size or settings.spec.vocab_size
         if kind == "own" or info.vocab_size is not None:

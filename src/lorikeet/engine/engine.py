@@ -6,8 +6,10 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from msgspec.structs import replace
@@ -16,7 +18,11 @@ from lorikeet import kernels
 from lorikeet.adapters.compiled import CompiledAdapter, open_compiled
 from lorikeet.config import EngineConfig
 from lorikeet.engine.blocks import BlockPool, root_key
+from lorikeet.engine.copies import StreamCopier
 from lorikeet.engine.grammar import Choices
+from lorikeet.engine.host_tier import HostTier
+from lorikeet.engine.parallel import Followers, LeadingRunner, check_ranks, threads_of_rank
+from lorikeet.engine.plan import Plan
 from lorikeet.engine.request import (
     ENDLESS,
     EVERYWHERE,
@@ -27,16 +33,18 @@ from lorikeet.engine.request import (
     check_sampling,
     effective_sampling,
 )
-from lorikeet.engine.residency import Residency
-from lorikeet.engine.runner import Runner
+from lorikeet.engine.residency import Place, Residency
+from lorikeet.engine.runner import Launched, Runner
 from lorikeet.engine.scheduler import Scheduler
 from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes, choose_weights
 from lorikeet.engine.slab import AdapterSlab
+from lorikeet.engine.transfer import Transfer
 from lorikeet.errors import AdapterInUseError, AdapterLostError, InvalidRequestError
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model import sources
 from lorikeet.model import weights as model_weights
 from lorikeet.model.decoder import DecoderWeights, ServingOps
+from lorikeet.model.shard import Shard
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterAction, AdapterInfo, BaseIdentity, EngineStats, Event, Request, SamplingParams
 
@@ -60,14 +68,18 @@ class Engine:
         config: EngineConfig,
         open_adapter: Callable[[Path], CompiledAdapter] = open_compiled,
         clock: Callable[[], float] = time.time,
+        slab: AdapterSlab | None = None,
+        runner: Callable[..., Runner] = Runner,
     ) -> None:
         self.spec, self.base, self.sizes, self.config = spec, base, sizes, config
         self.max_context = sizes.max_context
         self._clock = clock
         self.stop_ids = frozenset(base.stop_ids) | frozenset(spec.eos_ids)
         self._arrivals = self._steps = 0
+        self._overlaps = sizes.device != "cpu"  # where host and device are one there is nothing to overlap
+        self._ahead: tuple[Plan, Launched] | None = None  # a step that was launched before the one before it was done
         self._blocks = BlockPool(sizes.blocks)
-        self._residency = Residency(sizes.slab_bytes, clock=clock)
+        self._residency = Residency(sizes.slab_bytes, copy_bytes=sizes.copy_bytes, clock=clock)
         self._scheduler = Scheduler(
             self._blocks,
             self._residency,
@@ -82,39 +94,47 @@ class Engine:
             fair=config.fair,
             tenant_weights=config.tenant_weights,
         )
-        self._runner = Runner(
-            spec,
-            weights,
-            ops,
-            AdapterSlab(sizes.slab_bytes, spec, sizes.adapter_dtype, open_adapter),
-            blocks=sizes.blocks,
-            block_size=config.block_size,
-            max_seqs=config.max_seqs,
-            max_context=sizes.max_context,
-            step_tokens=config.step_tokens,
-            dtype=sizes.dtype,
-        )
+        local = Shard(spec, 0, config.tensor_parallel).local
+        slab = make_slab(sizes, local, open_adapter) if slab is None else slab
+        self._runner = make_runner(runner, local, weights, ops, slab, sizes, config)
 
     @classmethod
-    def build(cls, config: EngineConfig) -> Self:
-        """Load the model, pick the kernels, choose the sizes. Raises ModelError or ConfigError."""
-        device = choose_device(config)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        dtype = choose_dtype(config.dtype)
+    def build(cls, config: EngineConfig, on_lost: Callable[[], None] | None = None) -> Self:
+        """Load the model, pick the kernels, choose the sizes. Raises ModelError or ConfigError.
+
+        With `tensor_parallel` this process is the first of several (`engine.parallel`, also for `on_lost`).
+        """
+        device, ranks = choose_device(config), config.tensor_parallel
+        check_ranks(config, device)
+        if (threads := threads_of_rank(config)) is not None:
+            torch.set_num_threads(threads)
+        dtype = choose_dtype(config.dtype, device)
+        ops = kernels.pick(device)
         started = time.perf_counter()
         folder = sources.find_model(config.model)
-        spec, weights = model_weights.load(folder, dtype, choose_weights(config, dtype))
-        base = sources.identify(folder, config.model)
-        sizes = choose_sizes(config, spec, dtype)
-        engine = cls(spec, base, weights, kernels.pick(device), sizes, config)
-        engine._runner.warm()
+        local = Shard(model_weights.load_spec(folder), 0, ranks).local
+        make_weight = choose_weights(config, dtype, device)
+        with ExitStack() as undo:
+            followers = None if ranks == 1 else undo.enter_context(closing(Followers(config, on_lost)))
+            spec, weights = model_weights.load(folder, dtype, make_weight, device, 0, ranks)
+            base = sources.identify(folder, config.model)
+            sizes = choose_sizes(config, local, dtype, device)
+            leads: dict[str, Any] = {}
+            if followers is not None:
+                ops.ranks = followers.join(sizes, device)
+                leads["open_adapter"] = partial(open_compiled, rank=0, ranks=ranks)
+                leads["runner"] = partial(LeadingRunner, followers, ops.ranks)
+            engine = cls(spec, base, weights, ops, sizes, config, **leads)
+            engine._runner.warm()
+            undo.pop_all()
         log.info(
-            "%s (%s) ready in %.1f s: %s, context %d, %d sequences, cache %.0f MiB (%d tokens), adapters %.0f MiB %s",
+            "%s (%s) ready in %.1f s: %s on %s, context %d, %d sequences, cache %.0f MiB (%d tokens), "
+            "adapters %.0f MiB %s",
             base.name,
             spec.family,
             time.perf_counter() - started,
             str(dtype).removeprefix("torch."),
+            device,
             sizes.max_context,
             config.max_seqs,
             sizes.kv_bytes / 2**20,
@@ -178,21 +198,34 @@ class Engine:
         )
         self._scheduler.add(sequence, self._clock())
         self._arrivals += 1
+        if adapter is not None and self._residency.place(adapter.digest) is Place.FULL:
+            self._runner.prefetch(adapter)
 
     def cancel(self, request_id: str) -> None:
         """End a request: its blocks are free at once, its final event comes from the next step."""
         self._scheduler.cancel(request_id)
 
     def step(self) -> list[Event]:
-        """Schedule, run, update."""
-        plan = self._scheduler.schedule(self._clock())
-        outcome = self._runner.run(plan)
+        """Schedule, launch, collect, update. On a GPU the next step is launched before this one is collected, where it
+        cannot be another one whatever comes of this."""
+        plan, launched = self._ahead or self._launch(self._scheduler.schedule(self._clock()))
+        self._ahead = None
+        if self._overlaps and (following := self._scheduler.follow(plan, self._clock())) is not None:
+            self._ahead = self._launch(following)
+        outcome = self._runner.collect(launched)
         self._steps += 1
         return self._scheduler.update(plan, outcome)
 
+    def _launch(self, plan: Plan) -> tuple[Plan, Launched]:
+        return plan, self._runner.launch(plan)
+
+    def close(self) -> None:
+        """End the other processes that hold the model, where there are any. No step can follow."""
+        self._runner.close()
+
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._ahead is not None
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
@@ -222,6 +255,40 @@ class Engine:
                 f"choices: the longest has {longest} tokens, the context has {self.max_context - prompt} left",
                 param="choices",
             )
+
+
+def make_runner(
+    kind: Callable[..., Runner],
+    spec: ModelSpec,
+    weights: DecoderWeights,
+    ops: ServingOps,
+    slab: AdapterSlab,
+    sizes: Sizes,
+    config: EngineConfig,
+) -> Runner:
+    """A runner of these sizes. `spec` and `weights` are what this process holds of the model."""
+    return kind(
+        spec,
+        weights,
+        ops,
+        slab,
+        blocks=sizes.blocks,
+        block_size=config.block_size,
+        max_seqs=config.max_seqs,
+        max_context=sizes.max_context,
+        step_tokens=config.step_tokens,
+        dtype=sizes.dtype,
+        device=sizes.device,
+    )
+
+
+def make_slab(sizes: Sizes, spec: ModelSpec, open_adapter: Callable[[Path], CompiledAdapter]) -> AdapterSlab:
+    """The slab of these sizes; beside a GPU with a tier of pinned host memory behind it."""
+    transfer = None
+    if sizes.device != "cpu":
+        copier = StreamCopier(sizes.device)
+        transfer = Transfer(copier, HostTier(sizes.host_bytes, open_adapter, copier, pinned=True), spec)
+    return AdapterSlab(sizes.slab_bytes, spec, sizes.adapter_dtype, open_adapter, sizes.device, transfer)
 
 
 def _not_known(digest: str) -> AdapterLostError:

@@ -15,7 +15,7 @@ class HostedEngine(Engine):
         return EngineInfo(
             family=self.spec.family,
             dtype=_name(self.sizes.dtype),
-            device="cpu",
+            device=self.sizes.device,
             max_context=self.max_context,
             vocab_size=self.spec.vocab_size,
             base=self.base,
@@ -36,6 +36,7 @@ class HostedEngine(Engine):
             model=str(find_model(self.config.model)),
             checkpoint=tuple(map(str, checkpoint_files(find_model(self.config.model)))),
             disk=self.config.adapter_disk,
+            ranks=self.config.tensor_parallel,
         )
 
 

@@ -190,8 +190,16 @@ def compile_one(job: Compile | Merge, settings: LoaderSettings) -> Resolved:
         if isinstance(job, Compile):
             adapter = compiler.compile(Path(job.folder))
         else:
-            cache, lax = Path(settings.cache), settings.allow_lock_mismatch
-            adapter = compile_merged(job.spec, job.digests, settings.base, settings.dtype, cache, compiler.compile, lax)
+            adapter = compile_merged(
+                job.spec,
+                job.digests,
+                settings.base,
+                settings.dtype,
+                Path(settings.cache),
+                compiler.compile,
+                settings.allow_lock_mismatch,
+                settings.ranks,
+            )
         if settings.disk is not None:
             trim(Path(settings.cache), settings.disk, keep=Path(adapter.path))
     except LorikeetError as error:

@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -48,7 +50,7 @@ log = logging.getLogger("lorikeet.engine")
 
 IDLE_POLL = 1000  # milliseconds; only signals and a silent death of the loader are noticed this late
 CONNECT_POLL = 20  # while the loader process has not connected yet
-STEP_FAILED = 70  # exit code
+STEP_FAILED, RANK_LOST = 70, 71  # exit codes
 LAST_WORDS = 2000  # milliseconds to hand over the last events
 
 
@@ -222,6 +224,7 @@ def run(build: BuildEngine, loader_command: list[str] | None = None) -> NoReturn
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(name)s: %(message)s")
+    tempfile.tempdir = str(Path(sys.argv[-1].removeprefix("ipc://")).parent)  # whoever started it removes that
     code = EngineProcess(sys.argv[-1], build, loader_command).run()
     logging.shutdown()
     sys.stderr.flush()
@@ -231,7 +234,7 @@ def run(build: BuildEngine, loader_command: list[str] | None = None) -> NoReturn
 def main() -> NoReturn:
     from lorikeet.engine.hosted import HostedEngine
 
-    run(HostedEngine.build)
+    run(partial(HostedEngine.build, on_lost=partial(os._exit, RANK_LOST)))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ class LoaderSettings(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""  # the base's folder, for adapters with tokenizers of their own
     checkpoint: tuple[str, ...] = ()  # the base's safetensors files, for adapters that depend on its weights
     disk: int | None = None  # bytes that the compiled files may take together
+    ranks: int = 1  # processes that hold the base together
 
 
 class StartLoader(Message, frozen=True):

@@ -50,9 +50,8 @@ class Ranks:
         width = -(-total // self.count)
         if x.shape[1] < width:
             x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
-        parts = x.new_empty((self.count * x.shape[0], width))
-        dist.all_gather_into_tensor(parts, x.contiguous())
-        by_rank = parts.view(self.count, x.shape[0], width)
+        by_rank = x.new_empty((self.count, x.shape[0], width))
+        dist.all_gather(list(by_rank), x.contiguous())
         if total == self.count * width:
             return by_rank.movedim(0, 1).reshape(x.shape[0], total)
         ends = [total * rank // self.count for rank in range(self.count + 1)]
@@ -68,5 +67,7 @@ class Ranks:
             dist.group.WORLD.abort()
 
     def leave(self) -> None:
+        """The others may be gone already."""
+        self.abort()
         if dist.is_initialized():
             dist.destroy_process_group()
