@@ -49,7 +49,7 @@ def upload_and_start(page: Page, url: str, file: Path) -> None:
     page.get_by_label("Share kept to judge by").fill("0.25")
     page.get_by_role("button", name="Upload").click()
     preview = page.get_by_role("region", name="Rendered rows")
-    expect(preview.get_by_role("group")).to_have_count(4)
+    expect(preview.get_by_role("group")).to_have_count(4, timeout=LONG)
     first = preview.get_by_role("group", name="Row 1")
     assert re.fullmatch(r"Text: .+\nLabel:", first.locator(".masked").first.inner_text(), re.DOTALL)
     assert first.locator(".learned").first.inner_text().strip().startswith(("positive", "negative", "neutral", "mixed"))
