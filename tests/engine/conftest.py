@@ -102,6 +102,7 @@ class World:
         logit_rows: int = 64,
         clock: Callable[[], float] | None = None,
         ops: Ops | None = None,
+        slab: AdapterSlab | None = None,
         **config: object,
     ) -> Engine:
         settings = EngineConfig(**{"block_size": 4, "max_seqs": 8, "step_tokens": 64, **config})  # type: ignore[arg-type]
@@ -116,7 +117,7 @@ class World:
         )
         extra = {} if clock is None else {"clock": clock}
         ops = ReferenceOps() if ops is None else ops
-        engine = Engine(self.spec, self.base, self.weights, ops, sizes, settings, self._open, **extra)
+        engine = Engine(self.spec, self.base, self.weights, ops, sizes, settings, self._open, slab=slab, **extra)
         for info in adapters:
             engine.register(info)
         return engine

@@ -73,7 +73,7 @@ class GraphedOps(ReferenceOps):
         return step
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     asked=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 30), st.integers(1, 14)), min_size=1, max_size=9),
     max_seqs=st.integers(1, 8),

@@ -180,6 +180,11 @@ class Residency:
         return bool(self._loading)
 
     @property
+    def has_instructions(self) -> bool:
+        """The runner has something to drop or to move before the next step."""
+        return bool(self._instructions)
+
+    @property
     def copies_enough(self) -> bool:
         """The next step copies all that a step may."""
         to_copy = sum(self._known[extent.digest].info.nbytes - extent.copied for extent in self._loading.values())

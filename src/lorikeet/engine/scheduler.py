@@ -127,7 +127,7 @@ class Scheduler:
     # --- planning ---------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> Plan:
-        """The next step. Follow it by `update` with what came of it."""
+        """The next step. Follow it by `update` with what came of it, and by that of the steps that `follow` gave."""
         self._now = now
         self._step += 1
         self._expire(now)
@@ -143,6 +143,44 @@ class Scheduler:
             self._admit(plan)
         plan.adapters = self.residency.instructions()
         return plan
+
+    def follow(self, plan: Plan, now: float) -> Plan | None:
+        """The step after `plan`, before anybody knows what comes of that one; None: `update` first, then `schedule`.
+
+        Only where it cannot be another one: all that run decode, nobody can come in or has to give way, no adapter is
+        on its way. That a sequence ends with `plan` is found out one step late: what was computed for it is dropped.
+        """
+        deadline_passed = bool(self._deadlines) and self._deadlines[0][0] <= now
+        loading = self.residency.loading or self.residency.has_instructions or bool(self.intake.pending)
+        crowded = len(self.waiting) and (self._free_slots or (self._step + 1) % LOOK_EVERY == 0)
+        slots = {item.slot for item in plan.sequences}
+        if deadline_passed or loading or crowded or any(one.slot not in slots for one in self.running):
+            return None
+        following, going_on = Plan(token_limit=self.step_tokens), []
+        needed = 0
+        for item in plan.sequences:
+            sequence = self._by_slot.get(item.slot)
+            if sequence is None:  # cancelled meanwhile
+                continue
+            if not item.samples or sequence.choices is not None:
+                return None
+            start = item.start + item.count
+            if start + 1 < sequence.limit:
+                going_on.append((sequence, start))
+                needed += self._blocks_for(start + 1) - len(sequence.blocks)
+        if not going_on or needed > self.blocks.free:
+            return None
+        self._now = now
+        self._step += 1
+        for sequence, start in going_on:
+            index = len(sequence.blocks)
+            if new := self.blocks.allocate(self._blocks_for(start + 1) - index):
+                sequence.blocks += new
+                following.blocks.append((sequence.slot, index, new))
+            following.sequences.append(ScheduledSequence(sequence.slot, start, 1, True))
+            self.waiting.charge(sequence, 1)
+        following.token_count = following.logit_rows = len(going_on)
+        return following
 
     def _beside(self, decoding: list[Sequence]) -> int:
         """Prompt tokens that a step of these sequences takes with it."""
@@ -408,7 +446,9 @@ class Scheduler:
             self.intake.failed(digest)
             self._fail_adapter(digest, error)
         for item in plan.sequences:
-            self._advance(self._by_slot[item.slot], item, outcome)
+            sequence = self._by_slot.get(item.slot)
+            if sequence is not None:  # else it ended while this step was under way
+                self._advance(sequence, item, outcome)
         events, self._events = self._events, []
         return events
 
