@@ -57,7 +57,8 @@ class Link:
         self._socket.bind(address)
 
     def receive(self) -> ToFollower:
-        return decode_to_follower(self._socket.recv())
+        message: ToFollower = decode_to_follower(self._socket.recv())
+        return message
 
     def send(self, message: FromFollower) -> None:
         self._socket.send(encode(message))

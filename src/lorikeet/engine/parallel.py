@@ -238,7 +238,8 @@ class Followers:
         while not one.socket.poll(POLL):
             if self._fate.noticed.is_set() and not one.socket.poll(POLL):  # its last words may be on their way
                 self.check()
-        return decode_from_follower(one.socket.recv())
+        message: FromFollower = decode_from_follower(one.socket.recv())
+        return message
 
 
 def _watch(fate: _Fate, followers: list[_Follower], on_lost: Callable[[], None] | None) -> None:

@@ -29,7 +29,7 @@ class Ranks:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            store=dist.FileStore(str(meeting), count),
+            init_method=f"file://{meeting}",
             rank=rank,
             world_size=count,
             timeout=JOIN,
