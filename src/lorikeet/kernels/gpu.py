@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
-from lorikeet.kernels.gpu_attention import AttentionWork, choose_attention
+from lorikeet.kernels.gpu_attention import AttentionWork, choose_attention, tuning_of
 from lorikeet.kernels.gpu_graphs import CudaCapture, DecodeGraphs
-from lorikeet.kernels.gpu_lowrank import lowrank_add, output_scale
+from lorikeet.kernels.gpu_lowrank import compile_products, lowrank_add, output_scale, widths_of
 from lorikeet.kernels.gpu_overrides import adapt_embedding, adapt_logits
 from lorikeet.kernels.gpu_rows import add_rms_norm, rms_norm_heads, rope, rope_and_store, silu_mul, store
 from lorikeet.kernels.gpu_tables import tables_of
@@ -33,12 +33,15 @@ class GpuOps(ReferenceOps):
     def __init__(self) -> None:
         super().__init__()
         self._work: dict[int | None, AttentionWork] = {}  # by window
+        self._ahead = False  # kernels of a product are compiled for all batches when it comes for the first time
+        self._compiled: set[tuple[int, tuple[int, ...], torch.dtype]] = set()
 
     def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Step:
         """Decode steps as CUDA graphs, all others kernel by kernel."""
         one_by_one = super().prepare(forward, slab, cache, rows)
         if not slab.data.is_cuda:
             return one_by_one
+        self._ahead = True
         return DecodeGraphs(one_by_one, slab, cache, rows, CudaCapture())
 
     # --- rows ------------------------------------------------------------------------------------------------------
@@ -86,13 +89,16 @@ class GpuOps(ReferenceOps):
         """What there is to do for the layers with this window, listed by the first of them."""
         heads, work = (q.shape[1], k.shape[1], q.shape[2]), self._work.get(window)
         if work is None or work.batch is not batch or work.heads != heads:
-            work = self._work[window] = AttentionWork(batch, heads, window)
+            work = self._work[window] = AttentionWork(batch, heads, window, tuning_of(q))
         return work
 
     # --- adapters -------------------------------------------------------------------------------------------------
 
     def lowrank_add(self, y: Tensor, x: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:
         slab.wait(group.sites[0].layer)
+        if self._ahead and (kind := (group.d_in, widths_of(group), x.dtype)) not in self._compiled:
+            self._compiled.add(kind)
+            compile_products(slab, [group], x.dtype)
         return lowrank_add(y, x, slab, group, tables_of(segments, slab))
 
     def output_scale(self, y: Tensor, slab: Slab, group: SiteGroup, segments: Segments) -> Tensor:

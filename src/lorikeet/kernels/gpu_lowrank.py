@@ -219,7 +219,7 @@ def plan_shrink(tiles: int, block_m: int, sites: int, d_in: int, rank: int, wide
     """By shape alone, so that a captured graph has one: long stretches where tiles and sites are many already."""
     few = block_m == DECODE_ROWS
     block_k = (256 if few else 64) // (2 if wide else 1)
-    blocks = triton.cdiv(d_in, block_k)
+    blocks: int = triton.cdiv(d_in, block_k)
     steps = triton.next_power_of_2(blocks)
     while steps > 1 and tiles * sites * triton.cdiv(blocks, steps) < PROGRAMS:
         if triton.cdiv(blocks, steps // 2) > MOST_SPLITS[block_m]:
@@ -233,10 +233,10 @@ def plan_shrink(tiles: int, block_m: int, sites: int, d_in: int, rank: int, wide
 def plan_expand(tiles: int, block_m: int, widths: tuple[int, ...], rank: int, wide: bool) -> Expand:
     """By shape alone. Short programs where tiles are few, so that there are enough of them."""
     if block_m != DECODE_ROWS:
-        return Expand(RANKS_AT_ONCE[rank > RANKS_AT_ONCE[0]], 64 if wide else 128, 1, 4, 2)
+        return Expand(16 if rank <= RANKS_AT_ONCE[0] else 32, 64 if wide else 128, 1, 4, 2)
 
     def programs(columns: int) -> int:
-        return tiles * sum(triton.cdiv(width, columns) for width in widths)
+        return sum(tiles * -(-width // columns) for width in widths)
 
     block_n, steps = 128 if wide else 256, 4
     while steps > 1 and programs(block_n * steps) < PROGRAMS:
