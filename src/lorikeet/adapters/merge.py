@@ -65,6 +65,7 @@ VERSION = 2  # part of the key: raise it when a method changes its results
 # Of the search for eigenvectors: columns beside twice those wanted, rounds before all are computed, and what may be
 # left over of a vector, as a share of the largest eigenvalue.
 _SPARE, _ROUNDS, _LEFT_OVER = 8, 24, 1e-11
+_AT_ONCE = 2**15  # values of a tensor that are combined at a time: what is made of them stays in the cache
 _IN_LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(.+)")
 _ORDER = {name: place for place, name in enumerate(MODULES.values())}
 
@@ -309,7 +310,15 @@ class _Rule:
 
     def _combined(self, tensors: Sequence[Array], weights: Sequence[float]) -> Array:
         """Tensors of one shape -> one of that shape: prune, then the weighted sum or what wins the vote."""
-        stacked = np.stack([self._pruned(tensor) for tensor in tensors])
+        pruned = [self._pruned(tensor) for tensor in tensors]
+        combined = np.empty_like(pruned[0])
+        rows = max(1, _AT_ONCE // combined.shape[1])
+        for start in range(0, len(combined), rows):
+            part = slice(start, start + rows)
+            combined[part] = self._voted(np.stack([tensor[part] for tensor in pruned]), weights)
+        return combined
+
+    def _voted(self, stacked: Array, weights: Sequence[float]) -> Array:
         weighted = stacked * np.array(weights, np.float32).reshape(-1, 1, 1)
         if not self._kind.endswith("ties"):
             summed: Array = weighted.sum(axis=0)
