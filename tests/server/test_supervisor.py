@@ -82,12 +82,14 @@ def test_what_breaks_its_process_runs_alone_from_then_on(server: Hosted) -> None
     first = train(server, "r", **LONG)
     wait_for_step(server, first["id"], 1)
     bad = train(server, "r", description="die at 4", epochs=8, evaluate=False)
-    good = train(server, "r", epochs=40, evaluate=False)
+    make(server, "q")
+    good = train(server, "q", epochs=40, evaluate=False)
     cancel(server, first)
     done = [wait(server, one["id"]) for one in (bad, good)]
     assert [one["state"] for one in done] == ["completed", "completed"]
     assert [one["result"]["joined"] for one in done] == [1, 1] and [one["attempts"] for one in done] == [2, 2]
     assert kinds(server, bad).count("retrying") == 1 and "signal 9" in log(server, bad)
+    assert "in the server's log: it ran jobs of other repositories" in log(server, good)
     steps = [one["step"] for one in server.http.get(f"/api/jobs/{good['id']}/metrics").json()["items"]]
     assert sorted(set(steps)) == steps == list(range(steps[0], 41))  # gone on with, not begun again
 

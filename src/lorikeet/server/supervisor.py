@@ -245,7 +245,11 @@ class Supervisor:
     def _settle(self, run: _Run) -> None:
         """A process is gone: what it did not bring to an end has broken down with it."""
         code = run.process.returncode
-        lines = _tail(run.output)
+        lines, words = _tail(run.output), "the last its process said:"
+        if len({lease.job.repository for lease in run.leases}) > 1:  # not all who may read one log may read the others
+            if code:
+                log.warning("job process %d said last: %s", run.process.pid, "\n".join(lines) or "nothing")
+            lines, words = [], "what its process said last is in the server's log: it ran jobs of other repositories"
         error = ErrorInfo(
             code="job_process_died", message=f"its process ended ({_exit_text(code)}) before the job had",
             retryable=True, hint=_KILLED if code == -signal.SIGKILL else None,
@@ -264,7 +268,7 @@ class Supervisor:
                     self._follow_up(lease.job)
                 continue
             log.error("job %s: %s", lease.job.id, error.message)
-            said = [f"{error.message}" + (f" ({error.hint})" if error.hint else ""), "the last its process said:"]
+            said = [f"{error.message}" + (f" ({error.hint})" if error.hint else ""), words]
             _append(log_path(self._folder, lease.job.id), [*said, *lines])
         run.orders.unlink(missing_ok=True)
         run.output.unlink(missing_ok=True)
