@@ -161,6 +161,18 @@ def test_ranks_answer_as_one_process(family: str, ranks: int, checkpoint: Checkp
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="each rank takes a GPU")
+def test_gpus_answer_as_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = checkpoint("llama-tied")
+    with built(folder, 1, device="cuda") as alone:
+        expected = answers(alone, tmp_path)
+    with built(folder, 2, device="cuda") as together:
+        found = answers(together, tmp_path)
+    for name, (_, numbers) in expected.items():
+        np.testing.assert_allclose(found[name][1], numbers, atol=1e-3, rtol=1e-3, err_msg=name)
+
+
 def test_an_adapter_that_one_rank_cannot_read_is_lost_for_all(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """And adapters go and come back: there is room for one at a time."""
     folder = checkpoint("llama-tied")
