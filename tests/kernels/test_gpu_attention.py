@@ -19,7 +19,7 @@ from lorikeet.kernels.reference import ReferenceOps
 DTYPES = (torch.float32, torch.bfloat16)
 REFERENCE = ReferenceOps()
 Made = tuple[Tensor, Tensor, Tensor, Batch, LayerCache]
-MIXED = [(1, 1), (1, 40), (5, 5), (40, 90), (1, 200), (3, 60)]  # (new tokens, all)
+MIXED = [(1, 1), (1, 40), (5, 5), (40, 60), (1, 120), (3, 30)]  # (new tokens, all)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def reference(inputs: Made, window: int | None) -> Tensor:
 
 def ours(inputs: Made, window: int | None, **sizes: int) -> Tensor:
     """With tiles of these sizes. New keys and values are written to a copy of the cache."""
-    from lorikeet.kernels.gpu_attention import AttentionWork, Tuning, attention
+    from lorikeet.kernels.gpu_attention import AttentionWork, Tuning, attention, tuning_of
     from lorikeet.kernels.gpu_rows import store
 
     q, k, v, batch, cache = inputs
@@ -57,11 +57,12 @@ def ours(inputs: Made, window: int | None, **sizes: int) -> Tensor:
     assert batch.cache_slot is not None
     with poisoned_memory():
         store(k, v, cache, batch.cache_slot)
-        work = AttentionWork(batch, (q.shape[1], k.shape[1], q.shape[2]), window, Tuning(**sizes))
+        tuning = Tuning(**sizes) if sizes else tuning_of(q)
+        work = AttentionWork(batch, (q.shape[1], k.shape[1], q.shape[2]), window, tuning)
         return attention(q, k, v, work, cache)
 
 
-SMALL = {"short_keys": 16, "piece_keys": 16, "long_rows": 32, "long_keys": 32}  # many pieces and tiles of few keys
+SMALL = {"short_keys": 16, "piece_keys": 16, "long_rows": 64, "long_keys": 32}  # many pieces and tiles of few keys
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,8 +82,8 @@ def test_decode(device: str, draw: torch.Generator, lengths: list[int], heads: t
     assert_near(ours(inputs, None, **SMALL), reference(inputs, None), torch.float32)
 
 
-@pytest.mark.parametrize("sequences", [[(70, 70)], [(33, 200), (17, 17)]])
-@pytest.mark.parametrize("window", [None, 1, 40, 500])
+@pytest.mark.parametrize("sequences", [[(50, 50)], [(33, 130), (17, 17)]])
+@pytest.mark.parametrize("window", [None, 1, 40])
 def test_prefill(device: str, draw: torch.Generator, sequences: list[tuple[int, int]], window: int | None) -> None:
     inputs = made(sequences, (8, 2, 64), torch.float32, draw, device)
     assert_near(ours(inputs, window, **SMALL), reference(inputs, window), torch.float32)
@@ -109,11 +110,11 @@ def test_rope_cache_write_and_attention(device: str, draw: torch.Generator, dtyp
     from lorikeet.kernels.gpu import GpuOps
 
     ops = GpuOps()
-    q, k, v, batch, cache = made([(1, 30), (20, 50)], (4, 2, 64), dtype, draw, device)
+    q, k, v, batch, cache = made([(1, 30), (20, 50)], (4, 1, 64), dtype, draw, device)
     cos, sin = torch.randn(2, len(q), 32, generator=draw).to(device)
     assert batch.cache_slot is not None
     turned = REFERENCE.rope(k.double(), cos.double(), sin.double())
-    for window in (None, 7, None):
+    for window in (None, 7):
         written = clone(cache)
         with poisoned_memory():
             found = ops.attend(q, k, v, cos, sin, batch, written, window)
@@ -175,7 +176,7 @@ def test_sequences_without_queries_are_skipped(device: str, draw: torch.Generato
 
 @pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's maximum
 def test_a_poisoned_sequence_stays_alone(device: str, draw: torch.Generator) -> None:
-    inputs = made([(1, 20), (30, 45), (1, 7)], (4, 2, 64), torch.float32, draw, device)
+    inputs = made([(1, 20), (30, 45), (1, 7)], (4, 1, 64), torch.float32, draw, device)
     clean = ours(inputs, None, **SMALL)
     _, _, _, batch, cache = inputs
     assert batch.block_table is not None
@@ -188,7 +189,7 @@ def test_a_poisoned_sequence_stays_alone(device: str, draw: torch.Generator) -> 
 
 
 def test_blocks_behind_the_window_are_not_read(device: str, draw: torch.Generator) -> None:
-    inputs = made([(1, 100), (40, 150)], (2, 2, 64), torch.float32, draw, device)
+    inputs = made([(1, 100), (40, 150)], (2, 1, 64), torch.float32, draw, device)
     clean = ours(inputs, 20, **SMALL)
     _, _, _, batch, cache = inputs
     assert batch.block_table is not None
@@ -235,14 +236,16 @@ def test_the_reference_knows_fp8(device: str, draw: torch.Generator) -> None:
 
 
 def test_what_the_kernels_cannot_read_is_refused(device: str, draw: torch.Generator) -> None:
-    from lorikeet.kernels.gpu_attention import AttentionWork, attention
+    from lorikeet.kernels.gpu_attention import AttentionWork, Tuning, attention
 
     q, k, v, batch, cache = made([(1, 4)], (2, 1, 64), torch.float32, draw, device)
     with pytest.raises(ValueError, match=r"kv_len is torch.int64"):
-        AttentionWork(dataclasses.replace(batch, kv_len=batch.kv_len.long()), (2, 1, 64), None)
-    work = AttentionWork(batch, (2, 1, 64), None)
+        AttentionWork(dataclasses.replace(batch, kv_len=batch.kv_len.long()), (2, 1, 64), None, Tuning())
+    work = AttentionWork(batch, (2, 1, 64), None, Tuning())
     with pytest.raises(ValueError, match="without a cache"):
-        attention(q, k, v, AttentionWork(dataclasses.replace(batch, block_table=None), (2, 1, 64), None), cache)
+        attention(
+            q, k, v, AttentionWork(dataclasses.replace(batch, block_table=None), (2, 1, 64), None, Tuning()), cache
+        )
     with pytest.raises(ValueError, match=r"cache.k is torch.bfloat16, expected torch.float32"):
         attention(q, k, v, work, LayerCache(cache.k.bfloat16(), cache.v.bfloat16()))
     with pytest.raises(ValueError, match=r"listed for .*\(2, 1, 64\).* found \(1, 1, 64\)"):

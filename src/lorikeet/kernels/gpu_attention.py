@@ -294,7 +294,15 @@ class Tuning:
     long_stages: int = 3
 
 
-DEFAULT = Tuning()
+HALVES = Tuning()
+FLOATS = Tuning(
+    short_keys=32, short_stages=3, long_rows=32, long_keys=16, long_warps=4, long_stages=2
+)  # no matrix units
+
+
+def tuning_of(q: Tensor) -> Tuning:
+    """The sizes for queries of this dtype."""
+    return FLOATS if q.dtype == torch.float32 else HALVES
 
 
 class AttentionWork:
@@ -303,7 +311,7 @@ class AttentionWork:
     Made anew for every forward pass, since the batch's buffers may hold other lengths than before.
     """
 
-    def __init__(self, batch: Batch, heads: tuple[int, int, int], window: int | None, tuning: Tuning = DEFAULT) -> None:
+    def __init__(self, batch: Batch, heads: tuple[int, int, int], window: int | None, tuning: Tuning) -> None:
         for name in ("query_start", "kv_len", "block_table"):
             tensor = getattr(batch, name)
             if tensor is not None and (tensor.dtype != torch.int32 or tensor.stride(-1) != 1):
@@ -398,7 +406,7 @@ def _attend_long(q: Tensor, k: Tensor, v: Tensor, out: Tensor, work: AttentionWo
     (_, kv_heads, d), group = work.heads, work.heads[0] // work.heads[1]
     table, tuning, width = work.batch.block_table, work.tuning, max(next_power(d), 16)
     keys, values = (k, v) if cache is None else (cache.k, cache.v)
-    strides = (0, k.stride(0), d, 0, v.stride(0), d)
+    strides: tuple[int, ...] = (0, k.stride(0), d, 0, v.stride(0), d)
     if cache is not None:
         strides = (*cache.k.stride()[:3], *cache.v.stride()[:3])
     long_kernel[(kv_heads, work.max_tiles)](
