@@ -58,6 +58,10 @@ def test_what_is_wrong_is_said(server: Hosted) -> None:
         run(server, "submit", "r", "--dataset", "nothing")
     with pytest.raises(ConfigError, match="--set: found 'rank'"):
         run(server, "submit", "r", "--dataset", "colours", "--set", "rank")
+    with pytest.raises(LorikeetError, match="recipe: expected either `prompt` with `completion`, or `messages`"):
+        run(server, "submit", "r", "--dataset", "colours")
+    said = run(server, "submit", "r", "--dataset", "colours", "--prompt", r"{thing}\nColour:", "--completion", "x")
+    assert "--prompt has a backslash and an n" in said
     with pytest.raises(ConfigError, match="job: found none"):
         run(server, "logs", "zz")
     with pytest.raises(LorikeetError, match="no server answers"):

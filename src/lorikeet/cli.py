@@ -256,7 +256,7 @@ def fuse_adapter(
             allow_lock_mismatch=allow_lock_mismatch,
             report=report,
         )
-    typer.echo(f"{output}: {folder.name} with {Path(adapter).name}")
+    typer.echo(f"{output}: {Path(base).name} with {Path(adapter).name}")
     if lock is not None and lock.template is not None and lock.template.kind == "prompt":
         typer.echo(f"a checkpoint has no place for the adapter's prompt template; it is: {lock.template.text!r}")
 

@@ -56,7 +56,7 @@ def list_jobs(
 
 @jobs_app.command(
     epilog="[bold]Examples[/]\n\n"
-    "lorikeet jobs submit intent --dataset intent --prompt 'Customer: {text}' --completion ' {label}'\n\n"
+    "lorikeet jobs submit intent --dataset intent --prompt $'Customer: {text}\\nIntent:' --completion ' {label}'\n\n"
     "lorikeet jobs submit intent --dataset intent --recipe recipe.yaml --set epochs=5 --follow\n\n"
     "lorikeet jobs submit intent --dataset more-intent --parent intent/3"
 )
@@ -64,7 +64,10 @@ def submit(
     repo: Annotated[str, typer.Argument(help="The repository that gets the version; made if it is not there.")],
     dataset: Annotated[str, typer.Option(help="Name of a dataset of the server.")],
     recipe: Annotated[Path | None, typer.Option(help="YAML with the fields of a job's recipe.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Template of the prompt, with columns as {name}.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Template of the prompt, with columns as {name}; a line break is $'...\\n...' in a shell."),
+    ] = None,
     completion: Annotated[str | None, typer.Option(help="Template of what is learned.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe, such as rank=32; give it again for more.")
@@ -77,6 +80,9 @@ def submit(
 ) -> None:
     """Queue a training."""
     fields = _recipe(recipe, set_ or [])
+    for flag, template in (("--prompt", prompt), ("--completion", completion)):
+        if template is not None and "\\n" in template:
+            typer.echo(f"{flag} has a backslash and an n where $'...\\n...' would have a line break", err=True)
     fields |= {name: value for name, value in (("prompt", prompt), ("completion", completion)) if value is not None}
     body = {"repo": repo, "dataset": dataset, "recipe": fields, "parent": parent, "description": description}
     with _client(url, api_key) as client:
@@ -185,7 +191,8 @@ def _find(client: Client, prefix: str) -> str:
     found = [job["id"] for job in client.api("GET", "/api/jobs", limit=1000)["items"] if job["id"].startswith(prefix)]
     if len(found) != 1:
         said = "none" if not found else f"{len(found)}: {', '.join(found[:3])}"
-        raise ConfigError(f"job: found {said} that begin with {prefix!r}", hint="give more of its id", param="job")
+        hint = "give more of its id" if found else "`lorikeet jobs ls` lists them"
+        raise ConfigError(f"job: found {said} that begin with {prefix!r}", hint=hint, param="job")
     return str(found[0])
 
 

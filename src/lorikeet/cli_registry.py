@@ -482,5 +482,5 @@ def _confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise ConfigError(question, hint="say --yes where nobody can be asked", param="yes")
+        raise ConfigError(f"{question} Nobody can be asked here", hint="--yes says yes", param="yes")
     typer.confirm(question, abort=True)

@@ -182,7 +182,7 @@ def job_adapter(recipe: JobRecipe, name: str, splits: Mapping[str, str]) -> Adap
     adapter = AdapterRecipe(
         name=name, data=data, prompt=recipe.prompt, completion=recipe.completion, messages=recipe.messages, **settings
     )
-    return resolve_adapters(TrainRecipe(version=1, base="-", output="-", adapters=[adapter]))[0]
+    return _resolve(adapter, AdapterSettings(), "recipe")
 
 
 def read_fields(raw: Any, kind: type[AnyRecipe], where: str) -> AnyRecipe:
@@ -235,21 +235,25 @@ def resolve_adapters(recipe: TrainRecipe) -> list[AdapterRecipe]:
         where = f"$.adapters[{i}]"
         if names.index(adapter.name) != i:
             raise ConfigError(f"{where}.name: {adapter.name!r} is used twice; names must differ", param=f"{where}.name")
-        if (adapter.messages is None) == (adapter.prompt is None):
-            raise ConfigError(
-                f"{where}: expected either `prompt` with `completion`, or `messages`, found "
-                + ("both" if adapter.messages is not None else "neither"),
-                param=where,
-            )
-        if adapter.prompt is not None and adapter.completion is None:
-            raise ConfigError(f"{where}.completion: missing beside `prompt`", param=f"{where}.completion")
-        settings: dict[str, Any] = {}
-        for field in AdapterSettings.__struct_fields__:
-            own, shared = getattr(adapter, field), getattr(recipe.defaults, field)
-            settings[field] = own if own is not None else shared if shared is not None else getattr(DEFAULTS, field)
-        _check_max_length(settings["max_length"], f"{where}.max_length")
-        resolved.append(msgspec.structs.replace(adapter, **settings))
+        resolved.append(_resolve(adapter, recipe.defaults, where))
     return resolved
+
+
+def _resolve(adapter: AdapterRecipe, defaults: AdapterSettings, where: str) -> AdapterRecipe:
+    if (adapter.messages is None) == (adapter.prompt is None):
+        raise ConfigError(
+            f"{where}: expected either `prompt` with `completion`, or `messages`, found "
+            + ("both" if adapter.messages is not None else "neither"),
+            param=where,
+        )
+    if adapter.prompt is not None and adapter.completion is None:
+        raise ConfigError(f"{where}.completion: missing beside `prompt`", param=f"{where}.completion")
+    settings: dict[str, Any] = {}
+    for field in AdapterSettings.__struct_fields__:
+        own, shared = getattr(adapter, field), getattr(defaults, field)
+        settings[field] = own if own is not None else shared if shared is not None else getattr(DEFAULTS, field)
+    _check_max_length(settings["max_length"], f"{where}.max_length")
+    return msgspec.structs.replace(adapter, **settings)
 
 
 def _check_max_length(value: int | str, where: str) -> None:

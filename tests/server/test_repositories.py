@@ -188,3 +188,10 @@ def test_a_form_that_is_none(server: Hosted, repo: str) -> None:
         f"/api/repos/{repo}/versions", content=b"", headers={"content-type": "multipart/form-data"}
     )
     assert reply.status_code == 400
+
+
+def test_a_number_that_is_none(server: Hosted) -> None:
+    reply = server.http.get("/api/repos/x/versions/first")
+    assert reply.status_code == 422 and reply.json()["error"]["param"] == "number"
+    assert "'number' should be a valid integer" in reply.json()["error"]["message"]
+    assert "found 'first'" in reply.json()["error"]["message"]

@@ -320,7 +320,7 @@ def numbered(session: Session, home: RepositoryRow, number: int) -> VersionRow:
     wanted = select(VersionRow).where(VersionRow.repository_id == home.id, VersionRow.number == number)
     row = session.scalar(wanted)
     if row is None or row.deleted is not None:
-        raise not_found("version", f"{home.name}/{number}", "deleted" if row is not None else None, "version")
+        raise not_found("version", f"{home.name}/{number}", "it was deleted" if row is not None else None, "version")
     return row
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from fastapi import Depends, FastAPI, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -20,6 +21,7 @@ from lorikeet.server.metrics import MEDIA_TYPE
 from lorikeet.server.predibase import routes as predibase
 from lorikeet.server.replies import CLIENT_CLOSED_REQUEST, ClientGoneError, error_headers, json_reply
 from lorikeet.server.state import ServerState
+from lorikeet.server.validation import Body, objection
 
 log = logging.getLogger("lorikeet.server")
 
@@ -131,9 +133,15 @@ def _add_errors(app: FastAPI, state: ServerState) -> None:
         where = f"{request.method} {request.url.path}"
         code = {404: "unknown_route", 405: "wrong_method"}.get(error.status_code, "http_error")
         said = {404: f"there is no {where}", 405: f"{where} is not allowed"}.get(error.status_code, str(error.detail))
-        told = LorikeetError(said, code=code, hint="GET / lists the routes" if error.status_code == 404 else None)
+        lists = state.platform is None and error.status_code == 404  # else the page stands there
+        told = LorikeetError(said, code=code, hint="GET / lists the routes" if lists else None)
         told.status = error.status_code
         return reply(request, told)
+
+    @app.exception_handler(RequestValidationError)
+    async def part_of_path(request: Request, error: RequestValidationError) -> Response:
+        found = error.errors()[0]
+        return reply(request, objection(Body, [found | {"loc": found["loc"][1:]}]))
 
     @app.exception_handler(ClientDisconnect)  # while its body was read
     @app.exception_handler(ClientGoneError)
