@@ -75,8 +75,12 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer_module, "_PIECE", 64)
 
 
+def memory(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 def slab_of(world: Any, nbytes: int, host: int, copier: Any, kind: type[Transfer] = Transfer) -> AdapterSlab:
-    tier = HostTier(host, world._open, copier, pinned=False)
+    tier = HostTier(memory(host), world._open, copier)
     return AdapterSlab(nbytes, world.spec, torch.float32, world._open, "cpu", kind(copier, tier, world.spec))
 
 
@@ -183,7 +187,7 @@ def test_no_step_waits_while_a_file_is_read(world: Any) -> None:
         return world._open(path)
 
     copier = DelayedCopier(1.0)
-    tier = HostTier(2**20, slow, copier, pinned=False)
+    tier = HostTier(memory(2**20), slow, copier)
     slab = AdapterSlab(2**20, world.spec, torch.float32, world._open, "cpu", Transfer(copier, tier, world.spec))
     engine = world.engine([info], slab=slab)
     engine.add(world.request("streams", [3, 4, 5], max_tokens=8, ignore_eos=True))
@@ -208,7 +212,7 @@ def test_a_file_that_cannot_be_read_fails_its_requests_alone(world: Any) -> None
         return world._open(path)
 
     copier = DelayedCopier(1.0)
-    tier = HostTier(2**20, open_adapter, copier, pinned=False)
+    tier = HostTier(memory(2**20), open_adapter, copier)
     slab = AdapterSlab(2**20, world.spec, torch.float32, world._open, "cpu", Transfer(copier, tier, world.spec))
     engine = world.engine([good, bad], slab=slab)
     answers = world.run(engine, [world.request("g", [5, 6], good.digest), world.request("b", [5, 6], bad.digest)])
@@ -249,7 +253,7 @@ def test_what_the_tier_gives_is_the_file(seed: int, sizes: list[int], chance: fl
     """Whatever was evicted or moved meanwhile, a copy out of the tier brings the adapter's own bytes."""
     files = {str(i): file_of(str(i), 64 * size) for i, size in enumerate(sizes)}
     draw, copier = random.Random(seed), DelayedCopier(chance, seed)
-    tier = HostTier(64 * 14, lambda path: files[str(path)], copier, pinned=False)
+    tier = HostTier(memory(64 * 14), lambda path: files[str(path)], copier)
     targets = []
     for _ in range(60):
         name = draw.choice(list(files))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from lorikeet.errors import ConfigError
 
 
 class Copier(Protocol):
@@ -69,3 +72,23 @@ class StreamCopier:
     def finish(self, ticket: int) -> None:
         if ticket > self._done:
             self._events[ticket - self._done - 1].synchronize()
+
+
+def pinned_memory(nbytes: int) -> Tensor:
+    """`nbytes` bytes of host memory that a GPU reads on its own; torch's own pinned memory comes in powers of two.
+
+    Raises ConfigError where the system refuses to pin so much.
+    """
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    if nbytes == 0:
+        return memory
+    runtime, place = torch.cuda.cudart(), memory.data_ptr()
+    code = int(runtime.cudaHostRegister(place, nbytes, 0))
+    if code != 0:
+        raise ConfigError(
+            f"adapter_host_memory: {nbytes} bytes could not be pinned (CUDA error {code})",
+            hint="lower --adapter-host-memory, or raise the limit of locked memory (ulimit -l)",
+            param="adapter_host_memory",
+        )
+    weakref.finalize(memory, runtime.cudaHostUnregister, place)
+    return memory

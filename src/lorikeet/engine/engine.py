@@ -18,7 +18,7 @@ from lorikeet import kernels
 from lorikeet.adapters.compiled import CompiledAdapter, open_compiled
 from lorikeet.config import EngineConfig
 from lorikeet.engine.blocks import BlockPool, root_key
-from lorikeet.engine.copies import StreamCopier
+from lorikeet.engine.copies import StreamCopier, pinned_memory
 from lorikeet.engine.grammar import Choices
 from lorikeet.engine.host_tier import HostTier
 from lorikeet.engine.parallel import Followers, LeadingRunner, check_ranks, threads_of_rank
@@ -287,7 +287,7 @@ def make_slab(sizes: Sizes, spec: ModelSpec, open_adapter: Callable[[Path], Comp
     transfer = None
     if sizes.device != "cpu":
         copier = StreamCopier(sizes.device)
-        transfer = Transfer(copier, HostTier(sizes.host_bytes, open_adapter, copier, pinned=True), spec)
+        transfer = Transfer(copier, HostTier(pinned_memory(sizes.host_bytes), open_adapter, copier), spec)
     return AdapterSlab(sizes.slab_bytes, spec, sizes.adapter_dtype, open_adapter, sizes.device, transfer)
 
 

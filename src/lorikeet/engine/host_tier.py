@@ -25,15 +25,12 @@ _PIECE = 4 * 2**20  # bytes that are read at a time
 
 
 class HostTier:
-    """`nbytes` bytes of host memory, pinned where `copier` copies out of it to a GPU. Used by one thread at a time."""
+    """Adapters in `memory` (uint8 on the host), out of which `copier` copies. Used by one thread at a time."""
 
-    def __init__(
-        self, nbytes: int, open_adapter: Callable[[Path], CompiledAdapter], copier: Copier, *, pinned: bool
-    ) -> None:
-        self._memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-        self._bytes = self._memory.numpy()
+    def __init__(self, memory: Tensor, open_adapter: Callable[[Path], CompiledAdapter], copier: Copier) -> None:
+        self._memory, self._bytes = memory, memory.numpy()
         self._open, self._copier = open_adapter, copier
-        self._policy = Residency(nbytes, copy_bytes=max(nbytes, 1))
+        self._policy = Residency(len(memory), copy_bytes=max(len(memory), 1))
         self._reading: dict[str, Future[CompiledHeader]] = {}
         self._read: dict[str, CompiledHeader] = {}
         self._failed: dict[str, BaseException] = {}  # until somebody is told

@@ -6,6 +6,7 @@ waits for the device but `Fetched.array`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -84,7 +85,7 @@ class PinnedStaging:
         self._grow(nbytes)
 
     def _grow(self, nbytes: int) -> None:
-        self._host = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(_TURNS)]
+        self._host = [_pinned((nbytes,), torch.uint8) for _ in range(_TURNS)]
         self._there = [torch.empty(nbytes, dtype=torch.uint8, device=self._device) for _ in range(_TURNS)]
         self._read: list[torch.cuda.Event | None] = [None] * _TURNS  # when the copy out of a buffer was done
         self._turn = self._used = self._sent = 0
@@ -121,11 +122,15 @@ class PinnedStaging:
         self._sent = self._used
 
     def fetch(self, tensor: Tensor) -> Fetched:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pinned = _pinned(tensor.shape, tensor.dtype)
         pinned.copy_(tensor, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return _OnItsWay(pinned, event)
+
+
+def _pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 def staging(device: torch.device, nbytes: int) -> Staging:
