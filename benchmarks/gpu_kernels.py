@@ -37,6 +37,7 @@ PRODUCTS = {
     "down": (14336, (4096,)),
 }
 DTYPE = torch.bfloat16
+DEVICE = "cuda"
 LAYERS = 256  # of a graph, at most
 TOLERANCE = 1e-2
 
@@ -161,12 +162,12 @@ class Layers:
         self.groups = [SiteGroup(tuple(sites[i : i + n]), offsets) for i in range(0, len(sites), n)]
         self.slab = self._slab(sites)
         start = [sum(case.lengths[:h]) for h in range(case.adapters + 1)]
-        rows = torch.arange(case.rows, device="cuda")
+        rows = torch.arange(case.rows, device=DEVICE)
         self.segments = Segments(rows, start, list(range(case.adapters)), True)
-        self.x = torch.randn(count, case.rows, case.d_in, dtype=DTYPE, device="cuda")
-        self.y = torch.randn(count, case.rows, sum(case.outs), dtype=DTYPE, device="cuda")
+        self.x = torch.randn(count, case.rows, case.d_in, dtype=DTYPE, device=DEVICE)
+        self.y = torch.randn(count, case.rows, sum(case.outs), dtype=DTYPE, device=DEVICE)
         bases = max(2, min(count, -(-(2**28) // (case.d_in * sum(case.outs) * DTYPE.itemsize))))
-        self.base = torch.randn(bases, sum(case.outs), case.d_in, dtype=DTYPE, device="cuda") * case.d_in**-0.5
+        self.base = torch.randn(bases, sum(case.outs), case.d_in, dtype=DTYPE, device=DEVICE) * case.d_in**-0.5
 
     def _slab(self, sites: Sequence[Site]) -> Slab:
         table, used = torch.zeros(self.case.adapters, len(sites), 5, dtype=torch.int64), 0
@@ -175,7 +176,7 @@ class Layers:
                 after = used + rank * site.d_in
                 table[handle, site.index] = torch.tensor([used, after, site.d_in, site.d_out, rank])
                 used = after + rank * site.d_out
-        data = torch.empty(used, dtype=DTYPE, device="cuda").normal_(std=0.02)
+        data = torch.empty(used, dtype=DTYPE, device=DEVICE).normal_(std=0.02)
         slab = Slab(data, table, torch.rand(self.case.adapters, len(sites)) + 0.5)
         slab.device = DeviceTable.of(slab)
         return slab
@@ -219,7 +220,7 @@ def microseconds(work: Callable[[], None], repeats: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
     found = []
     for _ in range(repeats + 2):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -235,10 +236,10 @@ def microseconds(work: Callable[[], None], repeats: int) -> float:
 def measure_device(repeats: int) -> Device:
     """Bandwidth of a copy, bytes read and written; rate of a large bf16 product of random numbers."""
     properties = torch.cuda.get_device_properties(0)
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2**31, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copying = microseconds(lambda: target.copy_(source) and None, repeats)
-    a, b = (torch.randn(8192, 8192, dtype=DTYPE, device="cuda") for _ in range(2))
+    a, b = (torch.randn(8192, 8192, dtype=DTYPE, device=DEVICE) for _ in range(2))
     c = torch.empty_like(a)
     multiplying = microseconds(lambda: torch.mm(a, b, out=c) and None, repeats)
     return Device(properties.name, 2 * source.numel() / copying * 1e6, 2 * 8192**3 / multiplying * 1e6,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -54,3 +57,30 @@ def test_without_a_device_nothing_is_measured(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_kernels.main([]) == 2
     assert "a CUDA device is needed" in capsys.readouterr().err
+
+
+def test_a_run_under_the_interpreter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the clock: tensors, the check against fp64, variants of block sizes, the report."""
+    pytest.importorskip("triton", reason="GPU kernels need triton")
+    monkeypatch.setitem(gpu_kernels.PRODUCTS, "o", (64, (48, 32)))
+    monkeypatch.setattr(gpu_kernels, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_kernels, "LAYERS", 2)
+    monkeypatch.setattr(gpu_kernels, "measure_device", lambda repeats: Device("none", 4e12, 8e14, 2**10))
+    some, ran = list(gpu_kernels.variants())[::11], []
+    monkeypatch.setattr(gpu_kernels, "variants", lambda: iter(some))
+
+    def microseconds(work: Callable[[], None], repeats: int) -> float:
+        work()
+        ran.append(repeats)
+        return 2.0
+
+    monkeypatch.setattr(gpu_kernels, "microseconds", microseconds)
+    arguments = ["--products", "o", "--rows", "3", "--adapters", "2", "--ranks", "4", "20", "--repeats", "5", "--sweep"]
+    assert gpu_kernels.main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    report = json.loads(printed[-1])
+    (case,) = report["cases"]
+    assert (case["product"], case["rows"], case["adapters"], case["lowrank"]) == ("o", 3, 2, 1.0)
+    assert case["error"] <= 1e-2 and len(report["sweep"]["o 3 2"]) == 1 + len(some) == len(ran) - 3
+    assert "as planned" in printed[-2] and ran[0] == 5
