@@ -147,6 +147,22 @@ def test_told_to_leave(home: Home, model: str) -> None:
     assert job_of(home, job).state == "completed" and sorted(losses(home, job)) == list(range(1, 13))
 
 
+def test_no_checkpoint_is_ahead_of_what_was_said(home: Home, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed right after one leaves no step out."""
+    job, saved = submit(home), []
+    save = training.Trainee.save
+
+    def checked(self: Any, path: Path) -> None:
+        saved.append(self.run.progress.step)
+        assert sorted(losses(home, job)) == list(range(1, saved[-1] + 1))
+        save(self, path)
+
+    monkeypatch.setattr(training.Trainee, "save", checked)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    run(home, model)
+    assert job_of(home, job).state == "completed" and saved == list(range(1, 13))
+
+
 def test_a_lease_that_was_lost(home: Home, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else has the job: nothing more is said, and its checkpoint stays as it was."""
     job = submit(home)

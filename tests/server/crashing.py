@@ -1,4 +1,7 @@
-"""A `lorikeet up` in a process of its own, to be killed: a scripted engine, jobs of naps. Arguments: home, port."""
+"""A `lorikeet up` in a process of its own, to be killed: a scripted engine, jobs as told.
+
+Arguments: home, port, the script of jobs.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ async def checked(_: ServerState, platform: Platform, folder: Path, source: str)
 
 def main() -> None:
     repositories._checked = checked
-    home, port = sys.argv[1], int(sys.argv[2])
-    supervisor.child_command = lambda _: [sys.executable, str(TESTS / "scripted_job.py")]
+    home, port, job = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    supervisor.child_command = lambda _: [sys.executable, job]
     engine = EngineConfig(model="lorikeet-nano")
     config = ServeConfig(engine=engine, port=port, platform=PlatformConfig(home=home))
     client = EngineClient(engine, command=[sys.executable, str(TESTS / "scripted_engine.py")])

@@ -9,11 +9,8 @@ import random
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,33 +19,11 @@ import httpx
 import pytest
 from tests.scripted_job import write_adapter
 from tests.server.hosting import own_cache
+from tests.server.killable import crashing, unused_port
 from tests.server.platforms import RECIPE, ROWS
 
-CRASHING = Path(__file__).parent / "crashing.py"
-ROOT = Path(__file__).parent.parent.parent
 STEPS = 200
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
-@contextmanager
-def crashing(home: Path, port: int) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    with (home.parent / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(CRASHING), str(home), str(port)], stdout=log, stderr=log, cwd=ROOT
-        )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-            deadline = time.monotonic() + 60
-            while True:
-                assert process.poll() is None and time.monotonic() < deadline, (home.parent / "log.txt").read_text()
-                with suppress(httpx.TransportError):
-                    if http.get("/health/ready").status_code == 200:
-                        break
-                time.sleep(0.02)
-            yield process, http
-    finally:
-        process.kill()
-        process.wait()
 
 
 @dataclass
@@ -165,23 +140,13 @@ def crash_again_and_again(place: Path, rounds: int, port: int, seed: int) -> Non
     assert truth.versions, "nothing was uploaded in between"
 
 
-def test_killed_at_random_moments(tmp_path: Path, unused_port: int) -> None:
+def test_killed_at_random_moments(tmp_path: Path) -> None:
     with own_cache(tmp_path / "cache"):
-        crash_again_and_again(tmp_path, 5, unused_port, random.randrange(2**32))
+        crash_again_and_again(tmp_path, 5, unused_port(), random.randrange(2**32))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_fifty_random_moments(tmp_path: Path, unused_port: int) -> None:
+def test_killed_at_fifty_random_moments(tmp_path: Path) -> None:
     with own_cache(tmp_path / "cache"):
-        crash_again_and_again(tmp_path, 50, unused_port, random.randrange(2**32))
-
-
-@pytest.fixture
-def unused_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
+        crash_again_and_again(tmp_path, 50, unused_port(), random.randrange(2**32))

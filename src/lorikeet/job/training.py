@@ -158,7 +158,7 @@ class TrainingRun:
                 return
             if asked_to_leave():
                 for member in active:
-                    member.trainee.save(member.folder / CHECKPOINT)
+                    self._save(member)
                     member.reporter.release("the server stops; training goes on from here when it is back")
                 return
             results = trainer.step()
@@ -171,8 +171,14 @@ class TrainingRun:
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 for member in active:
                     if not member.trainee.run.finished:
-                        member.trainee.save(member.folder / CHECKPOINT)
+                        self._save(member)
                 saved = time.monotonic()
+
+    def _save(self, member: Member) -> None:
+        """The checkpoint. What was said of the steps before it goes to the catalog first: they are not taken again."""
+        member.reporter.flush()
+        if not member.reporter.over:
+            member.trainee.save(member.folder / CHECKPOINT)
 
     def _stays(self, member: Member, trainer: JointTrainer) -> bool:
         """False for a job that has ended, was canceled, or is somebody else's now; the others do not notice."""
@@ -183,7 +189,7 @@ class TrainingRun:
             return True
         trainer.remove(run)
         if not reporter.over:
-            member.trainee.save(member.folder / CHECKPOINT)
+            self._save(member)
             reporter.stopped(f"stopped at step {run.progress.step} of {run.total_steps}; it can be resumed")
         return False
 
@@ -241,7 +247,7 @@ class TrainingRun:
                 )  # fmt: skip
             )
             return
-        member.trainee.save(member.folder / CHECKPOINT)
+        self._save(member)
         try:
             content = self._content(member)
             done = reporter.finish(content, self._result(member, content))
