@@ -24,13 +24,39 @@ from lorikeet.adapters.overrides import Override
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
 from lorikeet.engine.link import EngineClient
-from lorikeet.engine.parallel import Followers, LeadingRunner, check_ranks, threads_of_rank
+from lorikeet.engine.parallel import (
+    Begin,
+    Carried,
+    Followers,
+    Join,
+    LeadingRunner,
+    Step,
+    check_ranks,
+    decode_from_follower,
+    decode_to_follower,
+    encode,
+    threads_of_rank,
+)
+from lorikeet.engine.plan import Outcome, Plan, SlotLoad
+from lorikeet.engine.request import EVERYWHERE
+from lorikeet.engine.residency import AdapterDrop, AdapterMove
+from lorikeet.engine.runner import Runner
+from lorikeet.engine.sizing import Sizes
 from lorikeet.errors import ConfigError, LorikeetError
 from lorikeet.model.families import load_spec
 from lorikeet.model.shard import Shard
 from lorikeet.model.sources import identify
 from lorikeet.model.spec import ModelSpec
-from lorikeet.types import AdapterInfo, BaseIdentity, Event, Request, SamplingParams
+from lorikeet.types import (
+    AdapterCopy,
+    AdapterInfo,
+    BaseIdentity,
+    ErrorInfo,
+    Event,
+    Request,
+    SamplingParams,
+    ScheduledSequence,
+)
 
 Checkpoint = Callable[..., Path]
 SETTINGS: dict[str, Any] = {
@@ -294,3 +320,43 @@ async def _until(done: Callable[[], bool], seconds: float = 60) -> None:
     while not done():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
+
+
+def test_plans_cross_the_border_as_they_are() -> None:
+    copy = AdapterCopy("d", "/p", 3, 64, 128, 0, 128)
+    plan = Plan(
+        adapters=[AdapterDrop(1), AdapterMove(2, 128, 0, 64), copy],
+        loads=[SlotLoad(0, [1, 2], [5], 3, SamplingParams(seed=7), 2**64 - 1, EVERYWHERE)],
+        blocks=[(0, 1, [6])],
+        tokens=[(0, 2, [9])],
+        sequences=[ScheduledSequence(0, 0, 2, True)],
+        allowed={0: [4, 5]},
+    )
+    sizes = Sizes(
+        dtype=torch.bfloat16, adapter_dtype=torch.float32, max_context=8, blocks=4, kv_bytes=1, slab_bytes=64,
+        logit_rows=3,
+    )  # fmt: skip
+    for message in (Step(plan), Begin(sizes, "/m"), Join(EngineConfig(tensor_parallel=2), 1, None)):
+        assert decode_to_follower(encode(message)) == message
+    answer = Carried({"d": ErrorInfo(code="c", message="m")}, {"e"})
+    assert decode_from_follower(encode(answer)) == answer
+
+
+def test_what_one_rank_lacks_all_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leader has read everything; of its followers one cannot, and another not yet."""
+    error = ErrorInfo(code="adapter_lost", message="gone")
+    asked: list[int] = []
+
+    class Fake:
+        def carried(self) -> list[Carried]:
+            asked.append(1)
+            return [Carried({"a": error}, {"b"}), Carried({}, {"a", "c"})]
+
+    monkeypatch.setattr(Runner, "_bring", lambda *_: None)
+    leader = LeadingRunner.__new__(LeadingRunner)
+    leader._followers = Fake()  # type: ignore[assignment]
+    outcome = Outcome()
+    leader._bring(Plan(adapters=[AdapterDrop(1)]), outcome)
+    assert not asked and not outcome.late_adapters
+    leader._bring(Plan(adapters=[AdapterCopy("a", "/p", 3, 64, 128, 0, 128)]), outcome)
+    assert outcome.failed_adapters == {"a": error} and outcome.late_adapters == {"b", "c"}
