@@ -185,6 +185,14 @@ def test_streams_go_on_beside_long_prompts() -> None:
         assert stage.step().sequences[-1].count == expected
 
 
+def test_a_device_that_takes_more_tokens_for_nothing_gets_more() -> None:
+    stage = Stage(blocks=2000, max_seqs=8, step_tokens=1000, logit_rows=200, free_tokens=256)
+    stage.add(3, 900)
+    stage.step()
+    stage.add(600, 50)
+    assert [item.count for item in stage.step().sequences] == [1, 255]
+
+
 def test_the_latest_arrival_gives_way() -> None:
     stage = Stage(blocks=8, max_seqs=3, prefix_cache=False)
     first, second, third = (stage.add(4, 20) for _ in range(3))

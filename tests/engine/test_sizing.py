@@ -114,6 +114,7 @@ def test_cache_and_slab_share_one_budget(world: Any, ten_gib: None) -> None:
     small = sizes()
     assert small.kv_bytes == each and 3 * GIB < small.slab_bytes < 4.2 * GIB
     assert (small.device, small.host_bytes, small.copy_bytes) == ("cuda", GIB // 4, 256 * 2**20)
+    assert small.free_tokens > 100 > choose_sizes(EngineConfig(), world.spec, torch.float32).free_tokens
     both = sizes(kv_memory=2 * GIB, adapter_memory=5 * GIB)
     assert (both.kv_bytes, both.slab_bytes) == (2 * GIB, 5 * GIB)
     assert sizes(kv_memory=7 * GIB).slab_bytes < 1.2 * GIB

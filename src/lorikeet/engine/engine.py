@@ -87,6 +87,7 @@ class Engine:
             max_seqs=config.max_seqs,
             step_tokens=config.step_tokens,
             chunk_tokens=config.chunk_tokens,
+            free_tokens=sizes.free_tokens,
             logit_rows=sizes.logit_rows,
             queue=config.queue,
             prefix_cache=config.prefix_cache,

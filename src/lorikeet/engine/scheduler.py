@@ -16,7 +16,7 @@ from lorikeet.engine.residency import Place, Residency
 from lorikeet.errors import AdapterError, DeadlineError, OverloadedError
 from lorikeet.types import AdapterCopy, ErrorInfo, Event, FinishReason, ScheduledSequence, TokenLogprob
 
-FREE_TOKENS = 24  # up to so many tokens a step takes hardly longer: it waits for the weights, not for arithmetic
+FREE_TOKENS = 24  # up to so many tokens a step of a CPU takes hardly longer: it waits for the weights, not for sums
 CROWD = 2  # requests without a first token for each that streams, from which the first tokens come first
 LEAST_TOKENS = 12  # of prompts in a step, however many sequences decode
 LONGEST_WAIT = 64  # steps that the next in turn waits before running sequences of over-served others give way
@@ -29,10 +29,11 @@ class Scheduler:
 
     A step decodes every running sequence that can, then goes on with prompts in chunks, then admits waiting
     requests, under `step_tokens` tokens and `logit_rows` rows of logits in all. Beside sequences that decode there are
-    only `chunk_tokens` tokens of prompts, so that streams go on evenly, unless far more requests wait for their first
-    token than stream, or have waited since before the streams began. When blocks run out the latest arrival gives up
-    its place and is recomputed later. A request whose adapter is not resident waits in its own queue. Whoever is next
-    in turn and has waited for LONGEST_WAIT steps takes the place of a sequence whose tenant, or adapter, is far ahead.
+    only `chunk_tokens` tokens of prompts (None: what fills a step up to `free_tokens`, or half as many as streams), so
+    that streams go on evenly, unless far more requests wait for their first token than stream, or have waited since
+    before the streams began. When blocks run out the latest arrival gives up its place and is recomputed later. A
+    request whose adapter is not resident waits in its own queue. Whoever is next in turn and has waited for
+    LONGEST_WAIT steps takes the place of a sequence whose tenant, or adapter, is far ahead.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class Scheduler:
         tenant_queue: int | None = None,
         tenant_weights: Mapping[str, float] | None = None,
         fair: bool = True,
+        free_tokens: int = FREE_TOKENS,
     ) -> None:
         assert logit_rows > max_seqs and step_tokens >= max_seqs
         self.blocks, self.residency = blocks, residency
         self.block_size, self.step_tokens, self.logit_rows = block_size, step_tokens, logit_rows
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.free_tokens = chunk_tokens, free_tokens
         self.max_seqs, self.queue, self.prefix_cache = max_seqs, queue, prefix_cache
         self.tenant_queue = tenant_queue
         self.waiting = FairQueues(tenant_weights, fair=fair)
@@ -190,7 +192,7 @@ class Scheduler:
         prompts = len(self.running) - count + min(len(self.waiting), len(self._free_slots))
         if prompts > CROWD * count or self._owed(decoding):
             return self.step_tokens
-        return max(FREE_TOKENS - count, count // 2, LEAST_TOKENS)
+        return max(self.free_tokens - count, count // 2, LEAST_TOKENS)
 
     def _owed(self, decoding: list[Sequence]) -> bool:
         """Whether most streams began when a prompt that still waits was there already: who came together has the

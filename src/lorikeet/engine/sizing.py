@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorikeet.adapters.compiled import Dtype
 from lorikeet.config import EngineConfig
+from lorikeet.engine.scheduler import FREE_TOKENS
 from lorikeet.errors import ConfigError
 from lorikeet.kernels.precision import DTYPES
 from lorikeet.kernels.weight import Int8Weight, Weight, pack
@@ -25,6 +26,7 @@ _SHARE = 0.25  # of the free memory, for the cache and again for the slab
 _SLAB_BYTES = 2 * 2**30  # a slab never takes more unless told to
 _COPY_BYTES = 64 * 2**20  # of adapters in one step
 _DEVICE_COPY_BYTES = 256 * 2**20  # the same to a GPU: it copies beside the step, for about as long as that takes
+_DEVICE_FREE_TOKENS = 256  # about where reading the weights and multiplying with them take as long
 _DEVICE_SHARE = 0.92  # of a GPU's free memory: allocators round up, libraries take their own
 _DEVICE_EXTRA = 2**30  # bytes of a GPU that captured graphs, workspaces and tables take
 _LOGIT_COPIES = 4  # of a step's logits while tokens are sampled
@@ -45,6 +47,7 @@ class Sizes:
     device: str = "cpu"
     host_bytes: int = 0  # of pinned copies of adapters, beside a GPU
     copy_bytes: int = _COPY_BYTES  # of adapters that a step may bring in
+    free_tokens: int = FREE_TOKENS  # of a step that takes hardly longer for them
 
     @property
     def adapter_dtype_name(self) -> Dtype:
@@ -155,6 +158,7 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, devi
         device=device,
         host_bytes=0 if device == "cpu" else _host_bytes(config),
         copy_bytes=_COPY_BYTES if device == "cpu" else _DEVICE_COPY_BYTES,
+        free_tokens=FREE_TOKENS if device == "cpu" else _DEVICE_FREE_TOKENS,
     )
 
 
