@@ -56,6 +56,7 @@ SPECS = {
 }  # fmt: skip
 BASE = BaseIdentity(name="random", sha256="0" * 64, tokenizer_sha256="0" * 64, stop_ids=())
 DECODE_BAR, ADAPTER_BAR, PREFILL_BAR = 1.25, 0.90, 0.60  # of the floor, of the floor ratio, of the matrix rate
+MANY_PROMPTS = 8  # at once: fewer do not fill a device
 CONTEXT_SLACK = 16  # tokens
 
 
@@ -385,9 +386,12 @@ def describe(cell: tuple[str, int], samples: list[Json]) -> Json:
 
 
 def ratios(samples: dict[tuple[str, int], list[Json]]) -> list[Json]:
-    """Decode steps against their floor and against the base's, pair by pair."""
+    """Decode steps against their floor and against the base's, prompts against the rate of products, pair by pair."""
     found = []
     for (case, n), own in samples.items():
+        prompts = [one["prefill_of_peak"] for one in own]
+        bar = PREFILL_BAR if case == "base" and n >= MANY_PROMPTS else None
+        found.append(compare(f"prefill of {case} / products", prompts, [1.0] * len(own), bar, clients=n))
         steps = [one["step_seconds"] for one in own]
         if None in steps:
             continue
