@@ -29,9 +29,9 @@ BLOCK = 16
 DECODE = [(batch, length) for batch in (1, 4, 16, 64, 256) for length in (512, 2048, 8192)]
 PREFILL = [(512, 512), (2048, 2048), (4096, 4096), (512, 4096)]  # new tokens, all
 TUNED = {
-    "decode": {"short_keys": (32, 64, 128), "short_warps": (2, 4, 8), "short_stages": (3, 5, 7),
+    "decode": {"short_keys": (32, 64, 128), "short_warps": (2, 4, 8), "short_stages": (2, 3, 4),
                "piece_keys": (128, 256, 512), "pieces_per_processor": (2, 4, 8)},
-    "prefill": {"long_rows": (64, 128), "long_keys": (32, 64, 128), "long_warps": (4, 8), "long_stages": (3, 5)},
+    "prefill": {"long_rows": (64, 128), "long_keys": (32, 64, 128), "long_warps": (4, 8), "long_stages": (2, 3, 4)},
 }  # fmt: skip
 
 

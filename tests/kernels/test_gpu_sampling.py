@@ -81,6 +81,15 @@ def test_ties_are_kept_together(device: str) -> None:
     assert {0, 1} < set(tokens.tolist()) <= {0, 1, 2, 3}
 
 
+def test_top_p_is_of_what_top_k_keeps(device: str) -> None:
+    """Ten tokens nearly alike: 0.76 of four of them are four, of three or of ten they are not."""
+    logits = torch.arange(10).float().mul(-0.01).repeat(16, 1)
+    rows = parameters(np.random.default_rng(0), 16, temperature=1.0, top_k=4, top_p=0.76, min_p=0.0)
+    tokens, _ = picked(logits, rows, device)
+    assert_same(logits, rows, tokens)
+    assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
 def test_only_what_is_asked_for_is_launched(device: str) -> None:
     draw = fresh_generator()
     logits = torch.randn(9, 500, generator=draw)

@@ -91,8 +91,17 @@ def work_kernel(QUERY_START, KV_LEN, PIECES, FIRST_PIECE, TILES, COUNTS, sequenc
 
 
 @triton.jit
+def blocks_of(TABLE, key, end, BLOCK: tl.constexpr, KEYS: tl.constexpr, PAGED: tl.constexpr):
+    """Where the keys [key, key + KEYS) are: read one step before they are, so that no read waits for another."""
+    keys = key + tl.arange(0, KEYS)
+    if PAGED:
+        return tl.load(TABLE + keys // BLOCK, mask=keys < end, other=0)
+    return keys
+
+
+@triton.jit
 def take_keys(
-    q, largest, weight, total, seen, from_key, key, end, scale, K, V, TABLE, k_block, k_slot, v_block, v_slot,
+    q, largest, weight, total, seen, from_key, key, end, block, scale, K, V, k_block, k_slot, v_block, v_slot,
     at, inside_head, BLOCK: tl.constexpr, KEYS: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr,
     ALL_OF_HEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +111,7 @@ def take_keys(
     """
     keys = key + tl.arange(0, KEYS)
     if PAGED:
-        block = tl.load(TABLE + keys // BLOCK, mask=keys < end, other=0).to(tl.int64)
+        block = block.to(tl.int64)
         k_row, v_row = block * k_block + keys % BLOCK * k_slot, block * v_block + keys % BLOCK * v_slot
     else:
         k_row, v_row = keys.to(tl.int64) * k_slot, keys.to(tl.int64) * v_slot
@@ -163,12 +172,15 @@ def short_kernel(
     largest = tl.full([ROWS], MINUS_INFINITY, tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
+    table = TABLE + b.to(tl.int64) * ldt
+    block = blocks_of(table, begin, end, BLOCK, KEYS, True)
     for key in range(begin, end, KEYS):
+        next_block = blocks_of(table, key + KEYS, end, BLOCK, KEYS, True)
         largest, weight, total = take_keys(
-            q, largest, weight, total, seen, seen - window + 1, key, end, scale, K + h * k_head, V + h * v_head,
-            TABLE + b.to(tl.int64) * ldt, k_block, k_slot, v_block, v_slot, at, inside_head,
-            BLOCK, KEYS, True, True, ALL_OF_HEAD, WIDE,
+            q, largest, weight, total, seen, seen - window + 1, key, end, block, scale, K + h * k_head, V + h * v_head,
+            k_block, k_slot, v_block, v_slot, at, inside_head, BLOCK, KEYS, True, True, ALL_OF_HEAD, WIDE,
         )  # fmt: skip
+        block = next_block
     total = total / tl.where(weight == 0, 1.0, weight)[:, None]  # 0: a row that sees none of this piece
     if SCALED:
         total = total * tl.load(V_SCALE + h)
@@ -253,25 +265,32 @@ def long_kernel(
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     low = begin
+    block = blocks_of(table, begin, end, BLOCK, KEYS, PAGED)
     if WINDOWED:
         all_see = tl.maximum(last_seen - window + 1, 0)
         low = tl.minimum(begin + tl.cdiv(tl.maximum(all_see - begin, 0), KEYS) * KEYS, end)
         for key in range(begin, low, KEYS):
+            next_block = blocks_of(table, key + KEYS, end, BLOCK, KEYS, PAGED)
             largest, weight, total = take_keys(
-                q, largest, weight, total, seen, seen - window + 1, key, end, scale, k, v, table,
+                q, largest, weight, total, seen, seen - window + 1, key, end, block, scale, k, v,
                 k_block, k_slot, v_block, v_slot, at, inside_head, BLOCK, KEYS, PAGED, True, ALL_OF_HEAD, WIDE,
             )  # fmt: skip
+            block = next_block
     high = low + tl.maximum(first_seen + 1 - low, 0) // KEYS * KEYS
     for key in range(low, high, KEYS):
+        next_block = blocks_of(table, key + KEYS, end, BLOCK, KEYS, PAGED)
         largest, weight, total = take_keys(
-            q, largest, weight, total, seen, seen, key, end, scale, k, v, table,
+            q, largest, weight, total, seen, seen, key, end, block, scale, k, v,
             k_block, k_slot, v_block, v_slot, at, inside_head, BLOCK, KEYS, PAGED, False, ALL_OF_HEAD, WIDE,
         )  # fmt: skip
+        block = next_block
     for key in range(high, end, KEYS):
+        next_block = blocks_of(table, key + KEYS, end, BLOCK, KEYS, PAGED)
         largest, weight, total = take_keys(
-            q, largest, weight, total, seen, seen - window + 1, key, end, scale, k, v, table,
+            q, largest, weight, total, seen, seen - window + 1, key, end, block, scale, k, v,
             k_block, k_slot, v_block, v_slot, at, inside_head, BLOCK, KEYS, PAGED, True, ALL_OF_HEAD, WIDE,
         )  # fmt: skip
+        block = next_block
     total = total / tl.where(weight == 0, 1.0, weight)[:, None]
     if SCALED:
         total = total * tl.load(V_SCALE + h)
@@ -285,7 +304,7 @@ class Tuning:
 
     short_keys: int = SHORT_KEYS
     short_warps: int = 4
-    short_stages: int = 5
+    short_stages: int = 3
     piece_keys: int = PIECE_KEYS
     pieces_per_processor: int = PIECES_PER_PROCESSOR
     long_rows: int = LONG_ROWS
