@@ -78,6 +78,10 @@ def test_what_it_said(server: Hosted, trained: dict[str, Any]) -> None:
     assert [one["step"] for one in rest if one["type"] == "metric"] == list(range(6, 13))
     listed = server.http.get(f"/api/jobs/{trained['id']}/metrics?after={metrics[4]['id']}").json()["items"]
     assert [one["step"] for one in listed] == list(range(6, 13))
+    drawn = server.http.get(
+        f"/api/jobs/{trained['id']}/metrics?after={metrics[4]['id']}&fields=step,loss,nothing"
+    ).json()
+    assert drawn["items"] == [{name: one[name] for name in ("id", "step", "loss")} for one in listed]
 
 
 def test_the_same_over_a_websocket(server: Hosted, trained: dict[str, Any]) -> None:

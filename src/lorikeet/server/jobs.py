@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response, WebSocket
@@ -115,12 +116,18 @@ def _add_what_it_says(router: APIRouter, platform: Platform) -> None:
     @router.get("/api/jobs/{job_id}/metrics")
     @needs("user")
     async def job_metrics(request: Request, who: Caller, job_id: str) -> Response:
-        """Lines in the order they came: of a step that was taken again after a resume, the later one counts."""
-        query = Query(request, "after", "limit")
+        """Lines in the order they came: of a step that was taken again after a resume, the later one counts.
+
+        `?fields=step,loss`: of each line its id and what it has of these.
+        """
+        query = Query(request, "after", "limit", "fields")
         limit = query.number("limit", 1000, least=1, most=1000)
+        named = query.text("fields")
         found = await platform.run(jobs.metrics, who, job_id, after=query.number("after", 0), limit=limit)
         following = str(found[-1].id) if len(found) == limit else None
-        return json_reply({"items": [{"id": one.id, **one.data} for one in found], "next": following})
+        lines = [one.data if named is None else _picked(one.data, named.split(",")) for one in found]
+        items = [{"id": one.id, **line} for one, line in zip(found, lines, strict=True)]
+        return json_reply({"items": items, "next": following})
 
     @router.get("/api/jobs/{job_id}/logs")
     @needs("user")
@@ -145,6 +152,10 @@ def _add_what_it_says(router: APIRouter, platform: Platform) -> None:
         cursor = Cursor.parse(socket.query_params.get("after"))
         await platform.run(jobs.get, who, job_id)
         await speak(socket, follow(platform, principal(socket), job_id, cursor))
+
+
+def _picked(line: Json, names: Sequence[str]) -> Json:
+    return {name: line[name] for name in names if name in line}
 
 
 def _state(text: str) -> JobState:

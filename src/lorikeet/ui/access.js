@@ -153,7 +153,6 @@ function Keys({ me, tenant, onMe, onHistory }) {
       { title: "Tokens today", number: true, cell: (one) => count(one.today.tokens) },
       { title: "Last used", number: true, cell: (one) => ago(one.last_used) },
       { title: "Expires", number: true, cell: (one) => moment(one.expires).slice(0, 10) },
-      { title: "Made by", cell: (one) => one.created_by },
       { title: "Actions", quiet: true, cell: (one) => html`
         <button type="button" class="small" aria-label=${`History of ${one.name}`} onClick=${() => onHistory(one.id)}>History</button>${" "}
         ${stateOf(one) === "open" ? html`

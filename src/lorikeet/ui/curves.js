@@ -6,6 +6,7 @@ import { useEffect, useRef, useState } from "./html.js";
 const TURN = 1.02; // held-out loss this many times its least counts as worse
 const AGAIN = 1500; // ms between two looks at a run that goes on
 const MOST = 1000; // metrics lines of one answer
+const DRAWN = "step,split,loss"; // what a curve needs of one
 
 export const ENDED = ["completed", "errored", "canceled"];
 export const isOver = (state) => ENDED.includes(state);
@@ -55,7 +56,7 @@ export function useLines(jobs) {
       lines.current.set(id, own);
       while (!controller.signal.aborted) {
         const over = isOver(states.current[id]);
-        const items = await linesOf(id, after, controller.signal).catch(() => null);
+        const items = await linesOf(id, after, DRAWN, controller.signal).catch(() => null);
         if (items?.length) {
           own.push(...items);
           after = items.at(-1).id;
@@ -71,11 +72,12 @@ export function useLines(jobs) {
   return lines.current;
 }
 
-/** The metrics lines behind the one with this id, a thousand at a time. */
-async function linesOf(id, after, signal) {
+/** The metrics lines behind the one with this id, a thousand at a time; `fields` null: all of them. */
+async function linesOf(id, after, fields, signal) {
+  const wanted = fields === null ? "" : `&fields=${fields}`;
   const lines = [];
   for (;;) {
-    const { items } = await get(path`api/jobs/${id}/metrics?after=${lines.at(-1)?.id ?? after}&limit=${MOST}`, { signal });
+    const { items } = await get(path`api/jobs/${id}/metrics?after=${lines.at(-1)?.id ?? after}&limit=${MOST}` + wanted, { signal });
     lines.push(...items);
     if (items.length < MOST) return lines;
   }
@@ -99,7 +101,7 @@ export function useJob(id) {
       while (!signal.aborted) {
         try {
           now.job = await get(path`api/jobs/${id}`, { signal });
-          const lines = await linesOf(id, 0, signal); // zipped, as a stream is not
+          const lines = await linesOf(id, 0, null, signal); // zipped, as a stream is not
           Object.assign(now, { events: [], lines, log: "", error: null });
           soon();
           const cursor = `0.${lines.at(-1)?.id ?? 0}.0`; // all events, the lines that come, the whole log
