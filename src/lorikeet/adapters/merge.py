@@ -417,7 +417,8 @@ def _largest(tensor: Array, density: float) -> NDArray[np.float32]:
 
         mask = np.zeros(tensor.size, np.bool_)
         mask[torch.topk(torch.from_numpy(magnitudes), k=count).indices.numpy()] = True
-    return mask.reshape(tensor.shape).astype(np.float32)
+    kept: Array = mask.reshape(tensor.shape).astype(np.float32)
+    return kept
 
 
 # --- the result ---------------------------------------------------------------------------------------------------
