@@ -25,7 +25,7 @@ from lorikeet.kernels import gpu_lowrank as kernels
 POINTERS = {"u": "*fp32", "x": "*bf16", "y": "*bf16", "data": "*bf16", "tiles": "*i64", "entries": "*i64",
             "rows": "*i64"}
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-ANY = ("first_site", "u_rows", "splits", "all_sites")  # numbers that may be odd
+ANY = ("first_site", "u_rows", "splits", "steps", "all_sites")  # numbers that may be odd
 
 def instructions(kernel, constants, warps, stages):
     signature, attributes = {}, {}
@@ -49,9 +49,9 @@ def both(tiles, block_m, rank, early):
     shrink = kernels.plan_shrink(tiles, block_m, 3, 4096, rank, False)
     expand = kernels.plan_expand(tiles, block_m, widths, rank, False)
     first = dict(D_IN=4096, N_SITES=3, BLOCK_M=block_m, BLOCK_R=shrink.block_r, BLOCK_K=shrink.block_k,
-                 STEPS=shrink.steps, WIDE=False, EARLY=early)
+                 WIDE=False, EARLY=early)
     second = dict(N_SITES=3, D0=4096, D1=1024, D2=1024, BLOCK_M=block_m, BLOCK_N=expand.block_n, BLOCK_R=expand.block_r,
-                  STEPS=expand.steps, SPLITS=shrink.splits, AT_ONCE=shrink.splits if block_m == 16 else 1, WIDE=False,
+                  SPLITS=shrink.splits, AT_ONCE=shrink.splits if block_m == 16 else 1, WIDE=False,
                   EARLY=early)
     return (instructions(kernels.shrink_kernel, first, shrink.warps, shrink.stages),
             instructions(kernels.expand_kernel, second, expand.warps, expand.stages))

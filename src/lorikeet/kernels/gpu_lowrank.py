@@ -59,11 +59,11 @@ def product(x, y, total, WIDE: tl.constexpr):
     return tl.dot(x, y, total)
 
 
-@triton.jit(do_not_specialize=["first_site", "u_rows"])
-def shrink_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, u_rows, ranks,
+@triton.jit(do_not_specialize=["first_site", "u_rows", "steps"])
+def shrink_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, u_rows, ranks, steps,
                   D_IN: tl.constexpr, N_SITES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-                  BLOCK_K: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """u[split, p, site, r] = A[r, columns of the split] x[row p], all ranks; a split has `STEPS` blocks of columns."""
+                  BLOCK_K: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """u[split, p, site, r] = A[r, columns of the split] x[row p], all ranks; a split has `steps` blocks of columns."""
     tile, site, split = tl.program_id(1), tl.program_id(0) % N_SITES, tl.program_id(0) // N_SITES
     entry = entry_of(entries, tile, first_site + site, all_sites)
     first, count = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1).to(tl.int32)
@@ -79,14 +79,14 @@ def shrink_kernel(u, x, data, tiles, entries, rows, first_site, all_sites, ldx, 
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    for i in range(0, tl.cdiv(rank, BLOCK_R) * STEPS):
-        r = i // STEPS * BLOCK_R + tl.arange(0, BLOCK_R)
-        k = (split * STEPS + i % STEPS) * BLOCK_K + tl.arange(0, BLOCK_K)
+    for i in range(0, tl.cdiv(rank, BLOCK_R) * steps):
+        r = i // steps * BLOCK_R + tl.arange(0, BLOCK_R)
+        k = (split * steps + i % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
         a = tl.load(data + a_at + r[:, None] * stride + k[None, :], mask=(r < rank)[:, None] & (k < D_IN)[None, :],
                     other=0)  # fmt: skip
         some = tl.load(x + row[:, None] * ldx + k[None, :], mask=(m < count)[:, None] & (k < D_IN)[None, :], other=0)
         total = product(some, tl.trans(a), total, WIDE)
-        if i % STEPS == STEPS - 1:
+        if i % steps == steps - 1:
             tl.store(u + place[:, None] + r[None, :], total, mask=(m < count)[:, None] & (r < sixteens(rank))[None, :])
             total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
 
@@ -121,15 +121,15 @@ def add_up(u, place, r, inside, splits, split_stride, SPLITS: tl.constexpr, AT_O
     return total
 
 
-@triton.jit(do_not_specialize=["first_site", "u_rows", "splits"])
-def expand_kernel(y, u, data, tiles, entries, rows, first_site, all_sites, ldy, u_rows, ranks, splits,
+@triton.jit(do_not_specialize=["first_site", "u_rows", "splits", "steps"])
+def expand_kernel(y, u, data, tiles, entries, rows, first_site, all_sites, ldy, u_rows, ranks, splits, steps,
                   N_SITES: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr,
-                  SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """y[row p, columns of the site] += s B^T u[p], all ranks of `STEPS` blocks of columns."""
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+                  AT_ONCE: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """y[row p, columns of the site] += s B^T u[p], all ranks of `steps` blocks of columns."""
     tile, chunk = tl.program_id(1), tl.program_id(0)
-    WIDTH: tl.constexpr = BLOCK_N * STEPS
-    first_1, first_2 = (D0 + WIDTH - 1) // WIDTH, (D0 + WIDTH - 1) // WIDTH + (D1 + WIDTH - 1) // WIDTH
+    first_1 = tl.cdiv(D0, BLOCK_N * steps)
+    first_2 = first_1 + tl.cdiv(D1, BLOCK_N * steps)
     site = (chunk >= first_1).to(tl.int32) + (chunk >= first_2).to(tl.int32)
     width = tl.where(site == 0, D0, tl.where(site == 1, D1, D2))
     begun = tl.where(site == 0, 0, tl.where(site == 1, first_1, first_2))
@@ -148,9 +148,9 @@ def expand_kernel(y, u, data, tiles, entries, rows, first_site, all_sites, ldy, 
     blocks = tl.cdiv(rank, BLOCK_R)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    for i in range(0, blocks * STEPS):
+    for i in range(0, blocks * steps):
         r = i % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-        column = ((chunk - begun) * STEPS + i // blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = ((chunk - begun) * steps + i // blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = column < width
         b = tl.load(data + b_at + r[:, None] * stride + column[None, :], mask=(r < rank)[:, None] & inside[None, :],
                     other=0)  # fmt: skip
@@ -271,7 +271,7 @@ def lowrank_add(y: Tensor, x: Tensor, slab: Slab, group: SiteGroup, tables: Devi
     u = torch.empty((plan.splits, len(tables.rows), len(widths), ranks), dtype=torch.float32, device=x.device)
     shrink_kernel[(len(widths) * plan.splits, tiles)](
         u, x, slab.data, tables.tiles, tables.entries, tables.rows, first_site, tables.entries.shape[1], x.stride(0),
-        u.shape[1], ranks, group.d_in, len(widths), tables.block_m, plan.block_r, plan.block_k, plan.steps, wide,
+        u.shape[1], ranks, plan.steps, group.d_in, len(widths), tables.block_m, plan.block_r, plan.block_k, wide,
         bool(early), num_warps=plan.warps, num_stages=plan.stages, **early,
     )  # fmt: skip
     expand(y, u, slab, first_site, widths, tables)
@@ -287,8 +287,8 @@ def expand(y: Tensor, u: Tensor, slab: Slab, first_site: int, widths: tuple[int,
     at_once = min(triton.next_power_of_2(splits), 16) if tables.block_m == DECODE_ROWS else 1
     expand_kernel[(chunks, tiles)](
         y, u, slab.data, tables.tiles, tables.entries, tables.rows, first_site, tables.entries.shape[1], y.stride(0),
-        u.shape[1], u.shape[3], splits, len(widths), *widths, *[0] * (SITES - len(widths)), tables.block_m,
-        plan.block_n, plan.block_r, plan.steps, triton.cdiv(splits, at_once) * at_once, at_once, wide, bool(early),
+        u.shape[1], u.shape[3], splits, plan.steps, len(widths), *widths, *[0] * (SITES - len(widths)), tables.block_m,
+        plan.block_n, plan.block_r, triton.next_power_of_2(splits), at_once, wide, bool(early),
         num_warps=plan.warps, num_stages=plan.stages, **early,
     )  # fmt: skip
 
