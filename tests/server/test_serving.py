@@ -12,6 +12,7 @@ from tests.server.hosting import Hosted
 from lorikeet.errors import NotFoundError
 from lorikeet.registry.records import Actor
 from lorikeet.server import serving
+from lorikeet.server.auth import Principal
 from lorikeet.server.catalogue import AdapterFolder
 
 
@@ -85,7 +86,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
 
     monkeypatch.setattr(serving, "_picture", fake)
     monkeypatch.setattr(serving, "PERIOD", 0.0)
-    monkeypatch.setattr(serving, "principal", lambda request: type("Caller", (), {"actor": Actor()}))
+    monkeypatch.setattr(serving, "principal", lambda request: Principal(Actor()))
     app = FastAPI(openapi_url=None)
     app.include_router(serving.routes(cast(Any, State())))
     with TestClient(app) as client:
