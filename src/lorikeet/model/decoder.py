@@ -41,9 +41,11 @@ class Ops(Protocol):
 
 class ServingOps(Ops, Protocol):
     """Kernels that an engine runs on: for all that adapters may be beside pairs on linear layers. They may choose how
-    a whole forward pass is carried out. `ranks` are the processes that hold the model together, None: this one does."""
+    a whole forward pass is carried out. `ranks` are the processes that hold the model together, None: this one does.
+    `spare_blocks` of the cache, at its end, are the kernels' own."""
 
     ranks: Ranks | None
+    spare_blocks: int
 
     def output_scale(self, y: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor: ...
     def adapt_embedding(self, x: Tensor, tokens: Tensor, adapters: Any, site: Site, segments: Segments) -> Tensor: ...
