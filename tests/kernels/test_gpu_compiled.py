@@ -60,6 +60,7 @@ print(json.dumps([both(64, 16, 64, False), both(64, 16, 64, True), both(8, 64, 6
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_memory_is_read_in_whole_lines_and_ahead_of_its_use(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
