@@ -125,17 +125,13 @@ def test_google_says_the_hash(
 
 
 def test_google_is_reached_through_the_proxy_of_the_environment(
-    way_to_google: Relay, google_server: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which speaks with the server on this side's behalf; what `NO_PROXY` names is reached without it."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://{}:{}".format(*google_server))
-    monkeypatch.setenv("HTTP_PROXY", "http://{}:{}".format(*way_to_google.address))
-    assert contents(fetch("gs://box/one", tmp_path / "a", Credentials(TOKEN), CONFIGURED)) == FILES
-    passed = way_to_google.passed
-    assert passed > len(WEIGHT)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    assert contents(fetch("gs://box/one", tmp_path / "b", Credentials(TOKEN), CONFIGURED)) == FILES
-    assert way_to_google.passed == passed
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://storage.invalid")
+    with file_server() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        missing("gs://box/one", tmp_path, Credentials(TOKEN))
+        assert proxy.requests[0][1].startswith("http://storage.invalid/storage/v1/b/box/o/one%2F")
 
 
 async def _tenants(fetcher: Fetcher, reference: str, alice: Credentials, bob: Credentials) -> None:
