@@ -19,6 +19,7 @@ from lorikeet.adapters.configs import LoraConfig
 from lorikeet.adapters.files import write_peft
 from lorikeet.engine.lifeline import die_with_parent
 from lorikeet.errors import LorikeetError
+from lorikeet.job import reporter as reporting
 from lorikeet.job.orders import job_folder, read_orders
 from lorikeet.job.reporter import Pulse, Reporter
 from lorikeet.registry.home import Home, open_home
@@ -39,6 +40,7 @@ def write_adapter(folder: Path, seed: int = 0) -> Path:
 
 def main() -> None:
     die_with_parent()
+    reporting.FLUSH_SECONDS = 0.05  # tests do not wait for its news
     leaving: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: leaving.append(1))
     orders = read_orders(Path(sys.argv[1]))

@@ -35,6 +35,8 @@ def up(home: Path, model: str = "lorikeet-nano", **settings: Any) -> Iterator[Ho
     platform = PlatformConfig(**{"home": str(home), "job_threads": 1, **fields})
     engine = {"max_context": 256, "max_seqs": 8, **settings}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorikeet.server.supervisor.LOOK_SECONDS", 0.1)  # tests do not wait for a second to pass
+        patch.setattr("lorikeet.server.following.POLL_SECONDS", 0.05)
         if settings.get("scripted"):
             patch.setattr("lorikeet.server.supervisor.child_command", lambda _: [sys.executable, str(SCRIPTED_JOB)])
         with hosted(Path(model), serve_settings={"platform": platform}, **engine) as server:
