@@ -142,6 +142,9 @@ class ReferenceOps:
                     logits[rows, :tokens] = values
                 else:
                     logits[rows.unsqueeze(1), own[1]] = values
+            entry = slab.pair(handle, site.index, site.d_in, tokens)
+            if entry is None and slab.gain_and_shift(handle, site.index, tokens) == (None, None):
+                continue
             segment = Segments(rows, [0, len(rows)], [handle], segments.contiguous)
             group = SiteGroup((replace(site, d_out=tokens),), (0,))
             logits = ReferenceOps.lowrank_add(self, logits, wide, slab, group, segment)
