@@ -73,7 +73,10 @@ def test_a_generation_ends_with_its_key(server: Hosted, how: str) -> None:
         more = {"user": "somebody"}
     who, root = caller(catalog, how, **more), caller(catalog, f"root-{how}", "admin")
     beside = LONG | {"max_tokens": 80}
-    with events(server, "/v1/completions", who, LONG) as said, events(server, "/v1/completions", root, beside) as others:
+    with (
+        events(server, "/v1/completions", who, LONG) as said,
+        events(server, "/v1/completions", root, beside) as others,
+    ):
         next(said)
         if how == "revoked":
             server.http.delete(f"/api/keys/{who.key.id}", headers=root.headers).raise_for_status()
