@@ -19,7 +19,8 @@ from lorikeet.server.auth import demand_of
 # Routes that change nothing in the catalog: they generate, render or estimate, or move an adapter between tiers.
 PASSING = {
     "POST /", "POST /generate", "POST /generate_stream", "POST /v1/completions", "POST /v1/chat/completions",
-    "POST /v1/embeddings", "POST /tokenize", "POST /detokenize", "POST /v1/adapters/{name}/{action}", "POST /api/datasets/{name}/preview",
+    "POST /v1/embeddings", "POST /tokenize", "POST /detokenize", "POST /v1/adapters/{name}/{action}",
+    "POST /api/datasets/{name}/preview",
 }  # fmt: skip
 ROWS = [{"prompt": f"p{i}", "completion": "c", "text": "t", "label": str(i % 2)} for i in range(24)]
 TRAIN = {"prompt": "{prompt}", "completion": "{completion}", "epochs": 1000}  # naps, see scripted_job

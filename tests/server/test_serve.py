@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 
 from lorikeet.config import EngineConfig, ServeConfig
 from lorikeet.errors import ConfigError
-from lorikeet.server.serve import base_name, listen
+from lorikeet.model.sources import cache_folder
+from lorikeet.server.serve import base_name, keep_caches_in, listen
 
 SERVE = [sys.executable, "-m", "lorikeet", "serve"]
 
@@ -102,3 +104,21 @@ def test_names_of_bases(tmp_path: Path) -> None:
     assert name("Qwen/Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
     assert name("Qwen/Qwen2.5-0.5B", "mine") == "mine"
     assert name(str(tmp_path)) == "abc"
+
+
+def test_caches_of_a_platform_lie_in_its_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORIKEET_CACHE", "")  # so that it is put back
+    monkeypatch.delenv("LORIKEET_CACHE")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "elsewhere")
+    keep_caches_in(tmp_path / "home")
+    assert cache_folder() == tmp_path / "home" / "derived"
+    assert os.environ["NUMBA_CACHE_DIR"] == "elsewhere"
+
+
+def test_caches_lie_where_somebody_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORIKEET_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    keep_caches_in(tmp_path / "home")
+    assert cache_folder() == tmp_path / "mine"
+    assert os.environ["NUMBA_CACHE_DIR"] == str(tmp_path / "mine" / "numba")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -56,7 +57,18 @@ def run_up(config: ServeConfig) -> None:
     """`run_serve` with the platform. Raises `ConfigError` for a config that has none."""
     if config.platform is None:
         raise ConfigError("platform: missing; `lorikeet up` needs a home folder", param="platform")
+    keep_caches_in(Path(config.platform.home).expanduser())
     run_serve(config)
+
+
+def keep_caches_in(home: Path) -> None:
+    """What this process and its children derive from others' files lies in `home`, unless somebody said where.
+
+    Compiled kernels do not: they belong to the machine, and take half a minute to make.
+    """
+    usual = cache_folder()
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(usual / "numba"))
+    os.environ.setdefault("LORIKEET_CACHE", str(home.absolute() / "derived"))
 
 
 def listen(host: str, port: int) -> socket.socket:
