@@ -71,7 +71,7 @@ class StepFlags:
         str,
         typer.Option(help="Folder or hub id of the base; without it the embedded base.", rich_help_panel=ENGINE),
     ] = "lorikeet-nano"
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda", rich_help_panel=ENGINE)] = "auto"
+    device: Annotated[str, typer.Option(help="cpu | cuda; auto is the CPU for now.", rich_help_panel=ENGINE)] = "auto"
     dtype: Annotated[
         str,
         typer.Option(

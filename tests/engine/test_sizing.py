@@ -97,12 +97,14 @@ def ten_gib(monkeypatch: pytest.MonkeyPatch, one_gib: None) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def test_auto_is_a_gpu_where_there_is_one(ten_gib: None) -> None:
-    assert choose_device(EngineConfig()) == choose_device(EngineConfig(device="cuda")) == "cuda"
-    assert choose_device(EngineConfig(adapter_host_memory=GIB)) == "cuda"
-    assert choose_device(EngineConfig(device="cpu")) == "cpu"
-    with pytest.raises(ConfigError, match="adapter_host_memory: not available on a CPU"):
-        choose_device(EngineConfig(device="cpu", adapter_host_memory=GIB))
+def test_a_gpu_is_for_those_who_ask_for_it(ten_gib: None, caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_device(EngineConfig(device="cuda")) == "cuda"
+    assert choose_device(EngineConfig(device="cuda", adapter_host_memory=GIB)) == "cuda"
+    assert choose_device(EngineConfig(device="cpu")) == "cpu" and not caplog.records
+    assert choose_device(EngineConfig()) == "cpu" and "--device cuda" in caplog.text
+    for device in ("auto", "cpu"):
+        with pytest.raises(ConfigError, match="adapter_host_memory: not available on a CPU"):
+            choose_device(EngineConfig(device=device, adapter_host_memory=GIB))
     assert choose_dtype("auto", "cuda") == torch.bfloat16
 
 

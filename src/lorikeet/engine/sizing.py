@@ -55,21 +55,26 @@ class Sizes:
 
 
 def choose_device(config: EngineConfig) -> str:
-    """`cpu` or `cuda`; `auto` is a GPU where torch finds one. Raises ConfigError for what is not there."""
-    found = config.device != "cpu" and torch.cuda.is_available()
+    """`cpu` or `cuda`. Raises ConfigError for what is not there.
+
+    `auto` is the CPU as long as no test of the GPU path has run on a GPU; the log says where one could be used.
+    """
+    found = torch.cuda.is_available()
     if config.device == "cuda" and not found:
         raise ConfigError(
             "device: found 'cuda', but torch finds no CUDA device",
             hint="use --device cpu, or install a CUDA build of torch where there is a GPU",
             param="device",
         )
-    if not found and config.adapter_host_memory is not None:
+    if config.device != "cuda" and config.adapter_host_memory is not None:
         raise ConfigError(
             "adapter_host_memory: not available on a CPU, where adapters live in one tier of memory",
-            hint="use --adapter-memory",
+            hint="use --adapter-memory, or --device cuda where there is a GPU",
             param="adapter_host_memory",
         )
-    return "cuda" if found else "cpu"
+    if config.device == "auto" and found:
+        log.warning("there is a GPU, and --device cuda would use it; that path was never run on one yet (docs/gpu.md)")
+    return "cuda" if config.device == "cuda" else "cpu"
 
 
 def choose_weights(
