@@ -471,7 +471,8 @@ def test_an_s3_server_that_hangs_is_a_504(store: Path, monkeypatch: pytest.Monke
 def test_a_missing_package_is_named(
     kind: str, package: str, extra: str, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    for name in {package, *(name for name in sys.modules if name.startswith(f"{package}."))}:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"needs the package {package}.*pip install 'lorikeet-llm\[{extra}\]'"):
         fetch(f"{kind}://bucket/path", store)
 

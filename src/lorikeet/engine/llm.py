@@ -43,7 +43,7 @@ class Completion:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     stop: str | None = None  # the stop string that ended it
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
 
 class LLM:
