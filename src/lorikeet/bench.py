@@ -5,10 +5,12 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +25,7 @@ from lorikeet.adapters.configs import CONFIG
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
 from lorikeet.engine.plan import Outcome, Plan
-from lorikeet.engine.runner import Runner
+from lorikeet.engine.runner import Launched, Runner
 from lorikeet.errors import ConfigError
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model.families import load_spec
@@ -141,15 +143,23 @@ def plan_bursts(engine: Engine, adapters: int) -> list[Burst]:
 
 
 class _Watched:
-    """A runner whose last plan can be looked at."""
+    """A runner of which one can see the plan of the step that was collected last."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self._plans: deque[Plan] = deque()
         self.plan = Plan()
 
-    def run(self, plan: Plan) -> Outcome:
-        self.plan = plan
-        return self._runner.run(plan)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def launch(self, plan: Plan) -> Launched:
+        self._plans.append(plan)
+        return self._runner.launch(plan)
+
+    def collect(self, launched: Launched) -> Outcome:
+        self.plan = self._plans.popleft()
+        return self._runner.collect(launched)
 
 
 class TimedEngine:
