@@ -62,6 +62,17 @@ def test_a_version_from_its_files(server: Hosted, repo: str, adapters: Callable[
     assert again["number"] == 2 and again["digest"] == found["digest"] and again["manifest"] == found["manifest"]
 
 
+def test_a_repository_shows_all_its_versions(
+    server: Hosted, repo: str, adapters: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorikeet.server.repositories.PAGE", 2)
+    for description in "abcde":
+        made = upload(server, repo, contents(adapters("llama", 2)[0]), description=description)
+        assert made.status_code == 201, made.text
+    shown = server.http.get(f"/api/repos/{repo}").json()["versions"]
+    assert [one["number"] for one in shown] == [5, 4, 3, 2, 1]
+
+
 def test_a_retried_upload_is_one_version(server: Hosted, repo: str, adapters: Callable[..., list[Path]]) -> None:
     parts = [("files", (name, data)) for name, data in contents(adapters("llama", 2)[0]).items()]
     path, key = f"/api/repos/{repo}/versions", {"idempotency-key": f"once-{repo}"}

@@ -103,9 +103,9 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
     async def get_repo(who: Caller, repo: str) -> Response:
         """With its versions, newest first, and where each is now."""
         found = await platform.run(repositories.get, who, repo)
-        versions = await platform.run(platform.catalog.versions.page, who, repo, limit=1000)
+        versions = await _all_versions(platform, who, repo)
         where = await _places(state)
-        told = [_version(one) | {"where": _where(one, where)} for one in versions.items]
+        told = [_version(one) | {"where": _where(one, where)} for one in versions]
         return json_reply(_repository(found) | {"versions": told})
 
     @router.patch("/api/repos/{repo}")
@@ -127,6 +127,20 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
 
 
 # --- versions -----------------------------------------------------------------------------------------------------
+
+PAGE = 1000  # versions that the catalog is asked for at a time
+
+
+async def _all_versions(platform: Platform, who: Actor, repo: str) -> list[Version]:
+    """Newest first."""
+    found: list[Version] = []
+    before: int | None = None
+    while True:
+        page = await platform.run(platform.catalog.versions.page, who, repo, before=before, limit=PAGE)
+        found += page.items
+        if page.next is None:
+            return found
+        before = int(page.next)
 
 
 def _add_versions(router: APIRouter, state: ServerState, platform: Platform) -> None:
