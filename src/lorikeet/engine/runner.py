@@ -279,8 +279,10 @@ class Runner:
     def _input(self, slots: Array, positions: Array) -> Tensor:
         """The tokens [T] at these places; those that only the device knows are the latest of their slots."""
         known = self._tokens[slots, positions]
-        missing = np.flatnonzero(known == UNKNOWN)
         tokens = self._tensor(known)
+        if not self._keeps_sampled:
+            return tokens
+        missing = np.flatnonzero(known == UNKNOWN)
         if len(missing):
             at, source = self._tensor(missing), self._now(slots[missing])
             tokens[at] = self._sampled[source]
@@ -303,8 +305,8 @@ class Runner:
     def _sample(self, logits: Tensor, slots: Array, positions: Array, plan: Plan, launched: Launched) -> None:
         """Tokens of `slots` from logits [R, V]; `positions` are where the tokens will stand."""
         tokens, finite = self._pick(logits, slots, positions, self._allowed(slots, plan.allowed))
-        self._tokens[slots, positions] = UNKNOWN
         if self._keeps_sampled:
+            self._tokens[slots, positions] = UNKNOWN
             self._sampled[self._now(slots)] = tokens
         wanted = np.flatnonzero(self._logprobs[slots] >= 0)
         if len(wanted):

@@ -345,6 +345,8 @@ class Program:
         self._numbers = np.array(recorder.numbers, np.float32)
         self._fields = np.zeros(len(Field) + 6, np.int64)  # segments take four each
         self._parts, self._counter = team(), np.zeros(8, np.int64)
+        arrays = (self._operations, self._numbers, self._fields, self._counter)
+        self._addresses = [int(array.ctypes.data) for array in arrays]
         self._scratch = np.empty(0, np.float32)
         self._widest = max(self._operations[self._operations[:, 0] == Code.SHRINK, 9], default=0)
 
@@ -385,10 +387,10 @@ class Program:
         """Carry out the operations [begin, end)."""
         if begin == end:
             return
+        operations, numbers, fields, counter = self._addresses
         program_kernel(
-            self._operations[begin:].ctypes.data, end - begin, self._numbers[begin:].ctypes.data,
-            self._fields.ctypes.data, self._counter.ctypes.data, self._parts, TAGS[torch.bfloat16],
-            TAGS[self._slab.data.dtype], self._stored,
+            operations + 8 * WIDTH * begin, end - begin, numbers + 4 * begin, fields, counter, self._parts,
+            TAGS[torch.bfloat16], TAGS[self._slab.data.dtype], self._stored,
         )  # fmt: skip
 
     def _due(self, batch: Batch) -> Iterator[tuple[Pause, Segments]]:

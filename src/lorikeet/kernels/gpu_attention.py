@@ -300,7 +300,7 @@ def long_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Sizes of the kernels' tiles; what they are was measured by `benchmarks/gpu_attention.py --tune`."""
+    """Sizes of the kernels' tiles: reasoned, never measured. `benchmarks/gpu_attention.py --tune` tries others."""
 
     short_keys: int = SHORT_KEYS
     short_warps: int = 4
