@@ -82,7 +82,10 @@ def test_the_theme_can_be_chosen_and_stays(open_page: Open, stub_urls: Urls) -> 
     button.click()
     button.click()
     expect(button).to_have_text("Theme: dark")
+    kept = "async (button) => { button.click(); await 0; await 0; return localStorage.getItem('lorikeet.theme'); }"
+    assert [button.evaluate(kept) for _ in range(3)] == ["auto", "light", "dark"]  # before anything is painted
     page.reload()
+    expect(button).to_have_text("Theme: dark")
     assert page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(20, 22, 26)"
 
 

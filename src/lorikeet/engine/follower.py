@@ -74,6 +74,7 @@ class FollowingRunner(Runner):
     def __init__(self, link: Link, ranks: Ranks, *args: Any, **sizes: Any) -> None:
         super().__init__(*args, **sizes)
         self._link, self._ranks = link, ranks
+        self._keeps_sampled = True  # it never learns what the leader picked but by what is shared
 
     def _bring(self, plan: Plan, outcome: Outcome) -> None:
         super()._bring(plan, outcome)

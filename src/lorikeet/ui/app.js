@@ -1,7 +1,7 @@
 // The frame: which page is shown, its navigation, the theme, and the dialog that asks for a key.
 
 import { NEEDS_KEY, get, key, useGet } from "./api.js";
-import { Fragment, html, render, useEffect, useRef, useState } from "./html.js";
+import { Fragment, html, render, useEffect, useLayoutEffect, useRef, useState } from "./html.js";
 import { Check, Dialog, Input, Problem } from "./parts.js";
 import { Access, manages } from "./access.js";
 import { Adapters, Repository } from "./adapters.js";
@@ -51,7 +51,7 @@ const THEMES = { auto: "light", light: "dark", dark: "auto" };
 
 function useTheme() {
   const [theme, setTheme] = useState(localStorage.getItem("lorikeet.theme") ?? "auto");
-  useEffect(() => {
+  useLayoutEffect(() => { // what the button says holds: whoever reloads at once finds it so
     if (theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
     localStorage.setItem("lorikeet.theme", theme);
