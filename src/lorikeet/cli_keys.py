@@ -1,4 +1,4 @@
-"""`lorikeet keys`: make, list, confine and revoke keys in the home folder, whether a server runs on it or not."""
+"""`lorikeet keys`: make, list, change and revoke keys in the home folder, whether a server runs on it or not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorikeet.registry.records import Actor, Key
 
 keys_app = typer.Typer(
-    help="Make, list, confine and revoke the keys of a home.", no_args_is_help=True, rich_markup_mode="rich"
+    help="Make, list, change, confine and revoke the keys of a home.", no_args_is_help=True, rich_markup_mode="rich"
 )
 
 TenantOption = Annotated[str | None, typer.Option(help="The tenant whose keys they are; default: the first one.")]
@@ -99,6 +99,38 @@ def list_keys(
     Console().print(table)
 
 
+@keys_app.command(
+    name="change",
+    epilog="[bold]Examples[/]\n\nlorikeet keys change ci --role trainer\n\n"
+    "lorikeet keys change app --requests-per-minute 1200 --tokens-per-day none",
+)
+@with_flags
+def change_key(
+    key: Annotated[str, typer.Argument(help="Its id as listed, or its name.")],
+    role: Annotated[str | None, typer.Option(help="admin | trainer | user.")] = None,
+    requests_per_minute: Annotated[str | None, typer.Option(help="A number from 1 on, or none.")] = None,
+    tokens_per_day: Annotated[str | None, typer.Option(help="A number from 1 on, or none.")] = None,
+    tenant: TenantOption = None,
+    *,
+    home: CatalogFlags,
+) -> None:
+    """Change a key's role or limits, from the next request on. What it may use: `lorikeet keys grant`."""
+    from lorikeet.registry.records import KeyChange
+
+    asked: dict[str, Any] = {}
+    if role is not None:
+        asked["role"] = one_of(role, "--role", "admin", "trainer", "user")
+    for name, given in (("requests_per_minute", requests_per_minute), ("tokens_per_day", tokens_per_day)):
+        if given is not None:
+            asked[name] = _limit(given, f"--{name.replace('_', '-')}")
+    if not asked:
+        raise ConfigError("nothing to change: expected --role, --requests-per-minute or --tokens-per-day", param="role")
+    with _opened(home, tenant) as (catalog, who):
+        changed = catalog.keys.alter(who, _find(catalog, who, key).id, KeyChange(**asked))
+    said = ", ".join(f"{name.replace('_', ' ')} {'none' if to is None else to}" for name, to in asked.items())
+    typer.echo(f"{changed.name} ({changed.id}): {said}")
+
+
 @keys_app.command(name="revoke", epilog="[bold]Examples[/]\n\nlorikeet keys revoke ci\n\nlorikeet keys revoke 3f2a91c0")
 @with_flags
 def revoke_key(
@@ -128,8 +160,11 @@ def grant_repositories(
     """Say which repositories a key may use."""
     if every == bool(repositories):
         raise ConfigError("expected either names of repositories or --all", param="repositories")
+    from lorikeet.registry.records import KeyChange
+
     with _opened(home, tenant) as (catalog, who):
-        granted = catalog.keys.grant(who, _find(catalog, who, key).id, None if every else repositories)
+        change = KeyChange(repositories=None if every else repositories)
+        granted = catalog.keys.alter(who, _find(catalog, who, key).id, change)
     typer.echo(f"{granted.name} ({granted.id}) may use " + ("all" if every else ", ".join(sorted(repositories or ()))))
 
 
@@ -166,6 +201,14 @@ def _state(key: Key) -> str:
         return "open"
     day = time.strftime("%Y-%m-%d", time.gmtime(key.expires))
     return f"expired {day}" if key.expires <= time.time() else f"until {day}"
+
+
+def _limit(text: str, flag: str) -> int | None:
+    if text == "none":
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,14}", text):
+        raise ConfigError(f"{flag}: found {text!r}; expected a whole number from 1 on, or none", param=flag)
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -24,7 +24,16 @@ from lorikeet.errors import (
     UnavailableError,
 )
 from lorikeet.registry.catalog import Catalog, open_catalog
-from lorikeet.registry.records import Actor, DatasetContent, JobRequest, Manifest, ManifestFile, Split, VersionContent
+from lorikeet.registry.records import (
+    Actor,
+    DatasetContent,
+    JobRequest,
+    KeyChange,
+    Manifest,
+    ManifestFile,
+    Split,
+    VersionContent,
+)
 from lorikeet.registry.references import NAME, RegistryReference, parse_reference
 from lorikeet.registry.schema import Rows
 
@@ -339,7 +348,7 @@ def test_another_tenant_finds_nothing(catalog: Catalog, who: Actor, other: Actor
         lambda: catalog.datasets.delete(other, "rows"),
         lambda: catalog.evaluations.add(other, version_id=version.id, **evaluation),  # type: ignore[arg-type]
         lambda: catalog.keys.revoke(other, key.id),
-        lambda: catalog.keys.grant(other, key.id, None),
+        lambda: catalog.keys.alter(other, key.id, KeyChange(repositories=None)),
         lambda: catalog.keys.grants(other, key.id),
         lambda: catalog.uploads.complete(other, upload.id, "x"),
         lambda: catalog.people.user(other, "ann"),

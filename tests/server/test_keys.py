@@ -130,6 +130,15 @@ def test_a_key_from_the_command_line(fresh: Hosted, tmp_path: Path) -> None:
     assert key["tokens_per_day"] == 500 and key["created_by"].startswith("cli:")
     assert 7000 < key["expires"] - time.time() < 7201
     assert run("grant", "me", "nothing").returncode == 2
+    assert run("change", "me").returncode == 2
+    for flags in (["--role", "root"], ["--tokens-per-day", "0"], ["--requests-per-minute", "many"]):
+        wrong = run("change", "me", *flags)
+        assert wrong.returncode == 2 and flags[0] in wrong.stderr and "expected" in wrong.stderr
+    lowered = run("change", "me", "--role", "user")
+    assert lowered.returncode != 0 and "the last key that manages" in lowered.stderr
+    changed = run("change", "me", "--tokens-per-day", "700", "--requests-per-minute", "none")
+    assert changed.returncode == 0 and "tokens per day 700" in changed.stdout, changed.stderr
+    assert ask(fresh, me, "GET", "/api/me")["key"]["tokens_per_day"] == 700
     listed = json.loads(run("ls", "--json").stdout)
     assert [one["name"] for one in listed] == ["me"] and me.secret not in json.dumps(listed)
     assert run("revoke", "me").returncode == 0
@@ -147,8 +156,55 @@ def test_keys_are_confined_and_widened(server: Hosted, admin: Caller) -> None:
     path = f"/api/keys/{made['id']}"
     assert ask(server, admin, "PATCH", path, {"repositories": ["slots"]})["repositories"] == ["slots"]
     assert ask(server, admin, "PATCH", path, {"repositories": None})["repositories"] is None
-    assert error_of(server.http.patch(path, json={}, headers=admin.headers), 422)["param"] == "repositories"
+    assert "nothing to change" in error_of(server.http.patch(path, json={}, headers=admin.headers), 422)["message"]
     assert error_of(server.http.patch(path, json={"repositories": ["x"]}, headers=admin.headers), 404)
+
+
+def test_a_key_is_changed(server: Hosted, admin: Caller) -> None:
+    """What it may do is another thing from the next request on, and the log says from what to what."""
+    made = ask(server, admin, "POST", "/api/keys", {"name": "ci", "requests_per_minute": 2}, 201)
+    ci, path = Caller(None, made["secret"]), f"/api/keys/{made['id']}"  # type: ignore[arg-type]
+    error_of(server.http.post("/api/repos", json={"name": "intent"}, headers=ci.headers), 403)
+    told = ask(server, admin, "PATCH", path, {"role": "trainer", "requests_per_minute": None})
+    assert (told["role"], told["requests_per_minute"], told["repositories"]) == ("trainer", None, None)
+    ask(server, ci, "POST", "/api/repos", {"name": "intent"}, 201)
+    for _ in range(3):  # the limit of two is gone
+        assert ask(server, ci, "GET", "/api/me")["role"] == "trainer"
+    ask(server, admin, "PATCH", path, {"role": "user", "requests_per_minute": 1, "tokens_per_day": 5})
+    ask(server, ci, "GET", "/api/me")  # the new limit begins with a full minute
+    error_of(server.http.get("/api/me", headers=ci.headers), 429)
+    entries = ask(server, admin, "GET", f"/api/audit?action=key.change&subject_id={made['id']}")["items"]
+    assert [one["details"]["role"] for one in entries] == [
+        {"from": "trainer", "to": "user"}, {"from": "user", "to": "trainer"},
+    ]  # fmt: skip
+    assert entries[0]["details"]["requests_per_minute"] == {"from": None, "to": 1}
+    assert entries[0]["actor"] == "key:root"
+
+
+def test_changes_that_are_refused(server: Hosted, admin: Caller) -> None:
+    own = f"/api/keys/{admin.key.id}"
+
+    def change(path: str, body: Any, who: Caller = admin) -> httpx.Response:
+        return server.http.patch(path, json=body, headers=who.headers)
+
+    assert error_of(change(own, {"role": "user"}), 409)["code"] == "last_admin"
+    assert error_of(change(own, {"repositories": []}), 409)["code"] == "last_admin"
+    assert change(own, {"tokens_per_day": 1000}).status_code == 200
+    said = error_of(change(own, {"tokens_per_day": None}), 403)
+    assert (said["code"], said["param"]) == ("own_key", "tokens_per_day") and "another admin" in said["hint"]
+    for body, param in (
+        ({"role": None}, "role"), ({"role": "root"}, "role"), ({"requests_per_minute": 0}, "requests_per_minute"),
+        ({"name": "other"}, "name"), ({"expires": 5.0}, "expires"), ({"repositories": "a"}, "repositories"),
+    ):  # fmt: skip
+        assert error_of(change(own, body), 422)["param"] == param
+    second = caller(catalog_of(server), "second", "admin", admin.key.tenant_id)
+    trainer = caller(catalog_of(server), "trainer", "trainer", admin.key.tenant_id)
+    error_of(change(f"/api/keys/{trainer.key.id}", {"role": "admin"}, trainer), 403)
+    assert change(own, {"role": "user"}).status_code == 200  # there is another admin now
+    error_of(change(own, {"role": "admin"}), 403)  # no way back by itself
+    assert change(own, {"role": "admin"}, second).status_code == 200
+    ask(server, second, "DELETE", own)
+    assert "is revoked" in error_of(change(own, {"role": "user"}, second), 409)["message"]
 
 
 def test_an_admin_confined_to_repositories_manages_nobody(server: Hosted, admin: Caller) -> None:

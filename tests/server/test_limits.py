@@ -157,3 +157,17 @@ def test_what_was_used_before_a_restart_and_elsewhere_counts() -> None:
         await limits.close()
 
     asyncio.run(main())
+
+
+def test_a_limit_that_comes_later_begins_with_a_full_minute() -> None:
+    clock = Clock()
+    counted = meter(clock)
+    counted.count_request()
+    counted.change(replace(KEY, requests_per_minute=3))
+    for _ in range(3):
+        counted.count_request()
+    with pytest.raises(RateLimitError):
+        counted.count_request()
+    counted.change(replace(KEY, requests_per_minute=5))  # a higher one fills no bucket
+    with pytest.raises(RateLimitError):
+        counted.count_request()

@@ -22,7 +22,7 @@ from lorikeet.client import Client
 from lorikeet.config import PlatformConfig
 from lorikeet.errors import LorikeetError, UnavailableError
 from lorikeet.registry.catalog import Catalog
-from lorikeet.registry.records import Actor, JobRequest
+from lorikeet.registry.records import Actor, JobRequest, KeyChange
 from lorikeet.server import revocation
 from lorikeet.server.revocation import Revocation
 
@@ -64,14 +64,15 @@ def events(server: Hosted, path: str, who: Caller, body: Any = None) -> Iterator
         yield (json.loads(line[5:]) for line in reply.iter_lines() if line.startswith("data:") and "[DONE]" not in line)
 
 
-@pytest.mark.parametrize("how", ["revoked", "elsewhere", "expired", "disabled", "confined"])
+@pytest.mark.parametrize("how", ["revoked", "elsewhere", "expired", "disabled", "confined", "lowered"])
 def test_a_generation_ends_with_its_key(server: Hosted, how: str) -> None:
     catalog = catalog_of(server)
     more: dict[str, Any] = {"expires": time.time() + 1.5} if how == "expired" else {}
     if how == "disabled":
         catalog.people.create_user(Actor(), "somebody", "user")
         more = {"user": "somebody"}
-    who, root = caller(catalog, how, **more), caller(catalog, f"root-{how}", "admin")
+    role = "trainer" if how == "lowered" else "user"
+    who, root = caller(catalog, how, role, **more), caller(catalog, f"root-{how}", "admin")
     beside = LONG | {"max_tokens": 80}
     with (
         events(server, "/v1/completions", who, LONG) as said,
@@ -85,11 +86,26 @@ def test_a_generation_ends_with_its_key(server: Hosted, how: str) -> None:
         elif how == "disabled":
             catalog.people.disable_user(Actor(), "somebody")
         elif how == "confined":
-            catalog.keys.grant(Actor(), who.key.id, [])
+            catalog.keys.alter(Actor(), who.key.id, KeyChange(repositories=[]))
+        elif how == "lowered":
+            body = {"role": "user"}
+            server.http.patch(f"/api/keys/{who.key.id}", json=body, headers=root.headers).raise_for_status()
         *_, last = said
         assert last["error"]["code"] == REVOKED and "was revoked" in last["error"]["message"]
         *_, end = others
         assert end["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_key_that_may_more_keeps_what_it_opened(server: Hosted) -> None:
+    catalog = catalog_of(server)
+    who, root = caller(catalog, "risen", repositories=[]), caller(catalog, "root-risen", "admin")
+    path, body = f"/api/keys/{who.key.id}", {"role": "trainer", "repositories": None, "tokens_per_day": 10**6}
+    with events(server, "/v1/completions", who, LONG | {"max_tokens": 150}) as said:
+        next(said)
+        server.http.patch(path, json=body, headers=root.headers).raise_for_status()
+        *_, last = said
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert server.http.get("/api/me", headers=who.headers).json()["role"] == "trainer"
 
 
 def test_the_engine_stops_for_it_and_its_quota_is_settled(server: Hosted) -> None:

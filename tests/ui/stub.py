@@ -168,8 +168,15 @@ class Stub:
 
     def change(self, i: int) -> Json:
         say = self.say
-        return {"id": i, "at": NOW + i, "actor": say("key:root"), "action": "key.create", "subject_id": f"key-{i}",
-                "subject": say(f"ci-{i}"), "details": {"prefix": say("lk_abcdefg"), "role": "user"}}  # fmt: skip
+        entry = {"id": i, "at": NOW + i, "actor": say("key:root"), "action": "key.create", "subject_id": f"key-{i}",
+                 "subject": say(f"ci-{i}"), "details": {"prefix": say("lk_abcdefg"), "role": "user"}}  # fmt: skip
+        if i == 59:
+            entry["action"] = "key.change"
+            entry["details"] = {
+                "role": {"from": "trainer", "to": "user"}, "tokens_per_day": {"from": None, "to": 5000},
+                "repositories": {"from": None, "to": ["intent", say("slots")]},
+            }  # fmt: skip
+        return entry
 
     def tokens(self, prompt: str) -> list[str]:
         return [" card", " arr", "ival", self.say("\n"), " of", " ", prompt[-6:], "."]
@@ -230,9 +237,9 @@ def _add_access(app: FastAPI, stub: Stub) -> None:
         return stub.keys[0] | {"secret": SECRET}
 
     @app.patch("/api/keys/{key}")
-    async def grant(key: str, request: Request) -> Json:
+    async def change_key(key: str, request: Request) -> Json:
         found = next(one for one in stub.keys if one["id"] == key)
-        found["repositories"] = (await request.json())["repositories"]
+        found |= await request.json()
         return found
 
     @app.delete("/api/keys/{key}")

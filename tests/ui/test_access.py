@@ -74,12 +74,26 @@ def test_keys_are_confined_and_revoked(open_page: Open, stub: tuple[Stub, str]) 
     row = table.get_by_role("row").filter(has_text="ci")
     for said in ("grace", "intent", "60 requests a minute, 100,000 tokens a day", "open", "3,400"):
         expect(row).to_contain_text(said)
-    page.get_by_role("button", name="Repositories of ci").click()
+    page.get_by_role("button", name="Change ci").click()
     dialog = page.get_by_role("dialog")
     expect(dialog.get_by_label("Repositories", exact=True)).to_have_value("intent")
+    expect(dialog).not_to_contain_text("the key that this page uses")
     dialog.get_by_label("Every repository").check()
-    dialog.get_by_role("button", name="Let it use these").click()
-    expect(row).to_contain_text("every one")
+    dialog.get_by_label("Role").select_option("trainer")
+    dialog.get_by_label("Requests a minute").fill("")
+    dialog.get_by_label("Tokens a day").fill("0")
+    dialog.get_by_role("button", name="Change the key").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("Tokens a day: expected a whole number")
+    dialog.get_by_label("Tokens a day").fill("100000")
+    assert violations(page) == []
+    dialog.get_by_role("button", name="Change the key").click()
+    for said in ("every one", "trainer", "100,000 tokens a day"):
+        expect(row).to_contain_text(said)
+    expect(row).not_to_contain_text("a minute")
+    page.get_by_role("button", name="Change root").click()
+    expect(dialog).to_contain_text("It is the key that this page uses")
+    dialog.get_by_role("button", name="Change the key").click()  # nothing is, so nothing is asked for
+    expect(dialog).to_have_count(0)
     page.get_by_role("button", name="Revoke root").click()
     for said in ("It is the key that this page uses", "the last open key of an admin"):
         expect(dialog).to_contain_text(said)
@@ -92,7 +106,8 @@ def test_keys_are_confined_and_revoked(open_page: Open, stub: tuple[Stub, str]) 
     page.get_by_label("Revoked and expired ones too").check()
     expect(row).to_contain_text("revoked")
     assert made.asked == [
-        ("PATCH", "/api/keys/key-ci", {"repositories": None}), ("DELETE", "/api/keys/key-ci", b"")
+        ("PATCH", "/api/keys/key-ci", {"role": "trainer", "repositories": None, "requests_per_minute": None}),
+        ("DELETE", "/api/keys/key-ci", b""),
     ]  # fmt: skip
 
 
@@ -123,6 +138,9 @@ def test_users_tenants_and_the_log(open_page: Open, stub: tuple[Stub, str]) -> N
     show(page, "Audit log")
     rows = page.get_by_role("table", name="Changes").get_by_role("row")
     expect(rows).to_have_count(51)
+    expect(rows.filter(has_text="ci-59")).to_contain_text(
+        "role trainer → user, tokens per day no limit → 5,000, repositories every one → intent, slots"
+    )
     page.get_by_role("button", name="Older").click()
     expect(rows).to_have_count(11)
     page.get_by_role("button", name="ci-3", exact=True).click()
@@ -167,7 +185,7 @@ def test_hostile_names_are_shown_and_never_run(open_page: Open, stub_urls: Urls)
         assert page.evaluate("() => window.hacked") is None
         assert page.locator("#hacked, main img, main script").count() == 0
     show(page, "Keys")
-    for button in ("Revoke ci", "Repositories of ci", "New key"):
+    for button in ("Revoke ci", "Change ci", "New key"):
         page.get_by_role("button", name=button).click()
         expect(page.get_by_role("dialog")).to_be_visible()
         assert page.evaluate("() => window.hacked") is None and page.locator("#hacked").count() == 0

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
-from sqlalchemy import Select, delete, select
+from sqlalchemy import Select, delete, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from lorikeet.errors import ConflictError, InvalidRequestError
+from lorikeet.errors import ConflictError, ForbiddenError, InvalidRequestError
 from lorikeet.registry.audit import log_change, not_found, to_record
 from lorikeet.registry.database import Part, change, query
-from lorikeet.registry.records import Actor, Key, Role, Tenant, Usage, User
+from lorikeet.registry.records import RANKS, Actor, Key, KeyChange, Role, Tenant, Usage, User
 from lorikeet.registry.references import check_name
 from lorikeet.registry.repositories import find_repository
 from lorikeet.registry.schema import GrantRow, KeyRow, RepositoryRow, TenantRow, UsageRow, UserRow
@@ -24,6 +25,7 @@ SHOWN = 10  # characters of a key that may be shown
 TOUCH_SECONDS = 60.0  # how exactly `last_used` is kept
 DAY = 86_400.0
 ROLES: tuple[Role, ...] = ("admin", "trainer", "user")
+LIMITS = ("requests_per_minute", "tokens_per_day")
 
 
 class People(Part):
@@ -109,15 +111,13 @@ class Keys(Part):
         `repositories`: the names of those it may use; None is all. Raises `NotFoundError`, `InvalidRequestError`.
         """
         check_name(name)
-        _check_role(role)
-        for field, limit in (("requests_per_minute", requests_per_minute), ("tokens_per_day", tokens_per_day)):
-            if limit is not None and limit < 1:
-                raise InvalidRequestError(f"{field}: found {limit}; expected 1 or more, or none", param=field)
+        _check_limits({"requests_per_minute": requests_per_minute, "tokens_per_day": tokens_per_day})
         if expires is not None and expires <= self._now:
             raise InvalidRequestError("expires: found a time that has passed", param="expires")
         owner = None if user is None else session.scalar(_users(who, user))
         if user is not None and owner is None:
             raise not_found("user", user, param="user")
+        _check_role(role, owner)
         secret = MARK + secrets.token_urlsafe(32)
         row = KeyRow(
             tenant_id=who.tenant, user_id=None if owner is None else owner.id, name=name, hash=hash_key(secret),
@@ -127,9 +127,7 @@ class Keys(Part):
         )  # fmt: skip
         session.add(row)
         session.flush()
-        for one in sorted(set(repositories or ())):
-            home = find_repository(session, who, one)
-            session.add(GrantRow(key_id=row.id, repository_id=home.id, created=self._now))
+        self._grant(session, who, row, repositories)
         log_change(session, who, self._now, "key.create", row.id, name, prefix=row.prefix, role=role)
         return to_record(Key, row), secret
 
@@ -167,26 +165,53 @@ class Keys(Part):
     @query
     def grants(self, session: Session, who: Actor, key_id: str) -> list[str] | None:
         """The names of the repositories that a key may use; None: all."""
-        row = _key(session, who, key_id)
-        if row.every_repository:
-            return None
-        names = select(RepositoryRow.name).join(GrantRow, GrantRow.repository_id == RepositoryRow.id)
-        alive = names.where(GrantRow.key_id == key_id, RepositoryRow.deleted.is_(None))
-        return [*session.scalars(alive.order_by(RepositoryRow.name))]
+        return _granted(session, _key(session, who, key_id))
 
     @change
-    def grant(self, session: Session, who: Actor, key_id: str, repositories: Iterable[str] | None) -> Key:
+    def alter(self, session: Session, who: Actor, key_id: str, wanted: KeyChange) -> Key:
+        """Change what a key may do, from the next request on.
+
+        Raises `ConflictError` for a key that opens nothing any more and for the tenant's last admin, `ForbiddenError`
+        for a key that would widen itself, `InvalidRequestError`, `NotFoundError`.
+        """
+        # Admins' rows are locked too: of two who lower each other at once, the second sees what the first did.
+        locked = select(KeyRow).where(KeyRow.tenant_id == who.tenant, or_(KeyRow.id == key_id, KeyRow.role == "admin"))
+        rows = {row.id: row for row in session.scalars(locked.order_by(KeyRow.id).with_for_update())}
+        row = rows.get(key_id)
+        if row is None:
+            raise not_found("key", key_id, param="key")
+        before = {name: getattr(row, name) for name in ("role", *LIMITS)} | {"repositories": _granted(session, row)}
+        after = before | msgspec.to_builtins(wanted)
+        if after["repositories"] is not None:
+            after["repositories"] = sorted(set(after["repositories"]))
+        changed = {name: {"from": before[name], "to": after[name]} for name in before if before[name] != after[name]}
+        if not changed:
+            return to_record(Key, row)
+        _check_open(row, self._now)
+        if "role" in changed:
+            _check_role(after["role"], None if row.user_id is None else session.get_one(UserRow, row.user_id))
+        _check_limits(after)
+        if who.key_id == row.id:
+            _check_narrower(before, after)
+        stays = after["role"] == "admin" and after["repositories"] is None
+        if not stays and [one for one in rows.values() if _manages(session, one, self._now)] == [row]:
+            raise ConflictError(
+                f"{row.name!r} is the last key that manages this tenant", hint="make another admin's key first",
+                param="role" if "role" in changed else "repositories", code="last_admin",
+            )  # fmt: skip
+        row.role, row.requests_per_minute, row.tokens_per_day = (after[name] for name in ("role", *LIMITS))
+        if "repositories" in changed:
+            self._grant(session, who, row, after["repositories"])
+        log_change(session, who, self._now, "key.change", row.id, row.name, **changed)
+        return to_record(Key, row)
+
+    def _grant(self, session: Session, who: Actor, row: KeyRow, repositories: Iterable[str] | None) -> None:
         """Let a key use exactly these repositories, by name; None: all."""
-        row = _key(session, who, key_id, lock=True)
         session.execute(delete(GrantRow).where(GrantRow.key_id == row.id))
         row.every_repository = repositories is None
-        names = sorted(set(repositories or ()))
-        for one in names:
+        for one in sorted(set(repositories or ())):
             home = find_repository(session, who, one)
             session.add(GrantRow(key_id=row.id, repository_id=home.id, created=self._now))
-        said = None if row.every_repository else names
-        log_change(session, who, self._now, "key.grant", row.id, row.name, repositories=said)
-        return to_record(Key, row)
 
     @change
     def revoke(self, session: Session, who: Actor, key_id: str) -> Key:
@@ -244,9 +269,57 @@ def hash_key(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _check_role(role: str) -> None:
+def _check_role(role: str, owner: UserRow | None = None) -> None:
+    """`owner`: whose key it is to be the role of."""
     if role not in ROLES:
         raise InvalidRequestError(f"role: found {role!r}; expected {', '.join(ROLES)}", param="role")
+    if owner is not None and RANKS[msgspec.convert(role, Role)] > RANKS[msgspec.convert(owner.role, Role)]:
+        raise InvalidRequestError(
+            f"role: found {role!r}; {owner.name!r} has the role {owner.role}, and a key has no higher one",
+            param="role",
+        )
+
+
+def _check_limits(limits: dict[str, Any]) -> None:
+    for field in LIMITS:
+        if limits[field] is not None and limits[field] < 1:
+            raise InvalidRequestError(f"{field}: found {limits[field]}; expected 1 or more, or none", param=field)
+
+
+def _check_open(row: KeyRow, now: float) -> None:
+    if row.revoked is not None or (row.expires is not None and row.expires <= now):
+        ended = "revoked" if row.revoked is not None else "expired"
+        raise ConflictError(f"the key {row.name!r} is {ended}", hint="make a new one", param="key")
+
+
+def _check_narrower(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Raise `ForbiddenError` where a key that changes itself would come to more than it has."""
+    wider = ["role"] if RANKS[after["role"]] > RANKS[before["role"]] else []
+    for name in LIMITS:
+        if before[name] is not None and (after[name] is None or after[name] > before[name]):
+            wider.append(name)
+    had, has = before["repositories"], after["repositories"]
+    if had is not None and (has is None or not set(has) <= set(had)):
+        wider.append("repositories")
+    if wider:
+        raise ForbiddenError(
+            f"{wider[0]}: a key does not widen itself", hint="have another admin do it", param=wider[0], code="own_key"
+        )
+
+
+def _granted(session: Session, row: KeyRow) -> list[str] | None:
+    """Names of living repositories, sorted; None: all."""
+    if row.every_repository:
+        return None
+    names = select(RepositoryRow.name).join(GrantRow, GrantRow.repository_id == RepositoryRow.id)
+    alive = names.where(GrantRow.key_id == row.id, RepositoryRow.deleted.is_(None))
+    return [*session.scalars(alive.order_by(RepositoryRow.name))]
+
+
+def _manages(session: Session, row: KeyRow, now: float) -> bool:
+    """Whether it opens the management of its tenant: an admin's key that is not confined."""
+    user = None if row.user_id is None else session.get(UserRow, row.user_id)
+    return row.role == "admin" and row.every_repository and _holder(session, row, user, now) is not None
 
 
 def _users(who: Actor, name: str) -> Select[UserRow]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 DEFAULT_TENANT = "00000000-0000-4000-8000-000000000000"  # of a server without keys
 
 Role = Literal["admin", "trainer", "user"]
+RANKS: dict[Role, int] = {"user": 0, "trainer": 1, "admin": 2}  # a higher one may all that a lower one may
 VersionState = Literal["pending", "ready", "errored"]
 JobKind = Literal["train", "evaluate"]
 JobState = Literal["queued", "running", "stopping", "completed", "errored", "canceled"]
@@ -84,6 +86,15 @@ class Key(Record, frozen=True, kw_only=True):
     expires: float | None
     last_used: float | None
     revoked: float | None
+
+
+class KeyChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a key is to change; what is UNSET stays. None: no limit, and all repositories, which are named here."""
+
+    role: Role | UnsetType = UNSET
+    repositories: list[str] | None | UnsetType = UNSET
+    requests_per_minute: int | None | UnsetType = UNSET
+    tokens_per_day: int | None | UnsetType = UNSET
 
 
 class Usage(Record, frozen=True, kw_only=True):

@@ -27,14 +27,13 @@ from starlette.requests import HTTPConnection
 
 from lorikeet.config import ServeConfig
 from lorikeet.errors import ConfigError, ForbiddenError, LorikeetError
-from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, Role
+from lorikeet.registry.records import DEFAULT_TENANT, RANKS, Actor, Key, Role
 from lorikeet.server.limits import Limits, Meter, Run
 from lorikeet.server.revocation import End, Revocation
 
 if TYPE_CHECKING:
     from lorikeet.registry.catalog import Catalog
 
-RANKS: dict[Role, int] = {"user": 0, "trainer": 1, "admin": 2}
 LOOK_SECONDS = 1.0  # how soon a server without keys notices the first one, made by another process
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?")
 _SAFE = ("GET", "HEAD", "OPTIONS")

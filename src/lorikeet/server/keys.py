@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from lorikeet.errors import ConflictError, ForbiddenError, InvalidRequestError
+from lorikeet.errors import ConflictError, ForbiddenError, InvalidRequestError, UnsupportedFieldError
 from lorikeet.registry.catalog import Catalog
-from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, Usage
-from lorikeet.server.auth import RANKS, needs, principal
+from lorikeet.registry.records import DEFAULT_TENANT, Actor, Key, KeyChange, Usage
+from lorikeet.server.auth import needs, principal
 from lorikeet.server.listing import Query, page_reply, plain
 from lorikeet.server.platform import Platform
 from lorikeet.server.replies import json_reply
@@ -49,8 +49,20 @@ class KeyBody(Body):
         return time.time() + self.expires_in
 
 
-class GrantBody(Body):
-    repositories: list[str] | None
+class KeyChangeBody(Body):
+    """What is left out stays. None: all repositories, no limit."""
+
+    role: RoleName = "user"
+    repositories: list[str] | None = None
+    requests_per_minute: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    tokens_per_day: Annotated[int, Field(ge=1, lt=2**53)] | None = None
+
+    def change(self) -> KeyChange:
+        """Raises `UnsupportedFieldError` for a body that asks for nothing."""
+        if not self.model_fields_set:
+            fields = ", ".join(type(self).model_fields)
+            raise UnsupportedFieldError(f"nothing to change: expected some of {fields}", code="invalid_value")
+        return KeyChange(**{name: getattr(self, name) for name in self.model_fields_set})
 
 
 class UserBody(Body):
@@ -110,7 +122,7 @@ def _keys(state: ServerState, platform: Platform) -> APIRouter:
         """The only answer that ever holds the key itself, as `secret`."""
         who = await _manager(request, platform)
         body = await state.body(request, KeyBody)
-        await _check_role(state, platform, who, body)
+        await _check_first(state, body)
         key, secret = await platform.run(
             catalog.keys.create, who, body.name, body.role, user=body.user, repositories=body.repositories,
             expires=body.expiry(), requests_per_minute=body.requests_per_minute, tokens_per_day=body.tokens_per_day,
@@ -121,10 +133,10 @@ def _keys(state: ServerState, platform: Platform) -> APIRouter:
 
     @router.patch("/api/keys/{key_id}")
     @needs("admin")
-    async def grant(request: Request, key_id: str) -> Response:
+    async def change_key(request: Request, key_id: str) -> Response:
         who = await _manager(request, platform)
-        body = await state.body(request, GrantBody)
-        key = await platform.run(catalog.keys.grant, who, key_id, body.repositories)
+        body = await state.body(request, KeyChangeBody)
+        key = await platform.run(catalog.keys.alter, who, key_id, body.change())
         state.access.keys_changed()
         return json_reply(await platform.run(_described, catalog, who, key))
 
@@ -212,20 +224,12 @@ async def _manager(request: Request, platform: Platform, *known: str) -> Actor:
     return who if tenant.id == who.tenant else replace(who, tenant=tenant.id, name=f"{who.name}@default")
 
 
-async def _check_role(state: ServerState, platform: Platform, who: Actor, body: KeyBody) -> None:
-    """Raise for a key that would lock everybody out, or that may more than the user it belongs to."""
+async def _check_first(state: ServerState, body: KeyBody) -> None:
+    """Raise for a key that would lock everybody out."""
     if body.role != "admin" and not await state.access.needs_key():
         raise ConflictError(
             f"role: found {body.role!r}; the first key must be an admin's, since every request needs one from then on",
             hint="make an admin key first",
-            param="role",
-        )
-    if body.user is None:
-        return
-    owner = await platform.run(platform.catalog.people.user, who, body.user)
-    if RANKS[body.role] > RANKS[owner.role]:
-        raise InvalidRequestError(
-            f"role: found {body.role!r}; {owner.name!r} has the role {owner.role}, and a key has no higher one",
             param="role",
         )
 

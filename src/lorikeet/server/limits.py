@@ -50,6 +50,12 @@ class Meter:
         self.pending_requests = 0
         self.pending_tokens = 0
 
+    def change(self, key: Key) -> None:
+        """The key as it is now. One that had no limit of requests begins with a full minute of them."""
+        if self.key.requests_per_minute is None and key.requests_per_minute is not None:
+            self._requests, self._filled = float(key.requests_per_minute), self._clock()
+        self.key = key
+
     def count_request(self) -> None:
         """Take one from a bucket that holds a minute's requests and fills evenly. Raises `RateLimitError`."""
         limit = self.key.requests_per_minute
@@ -124,7 +130,7 @@ class Limits:
             used = await self._run(self._book.usage, key.id)
             fresh = Meter(key, used[0] if used else None, self._clock, self._touched)
             found = self._meters.setdefault(key.id, fresh)  # another request may have come first
-        found.key = key
+        found.change(key)
         return found
 
     async def flush(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from lorikeet.errors import LorikeetError
-from lorikeet.registry.records import Actor
+from lorikeet.registry.records import RANKS, Actor
 from lorikeet.server.limits import Run
 
 log = logging.getLogger("lorikeet.revocation")
@@ -47,7 +47,7 @@ class Revocation:
 
     @contextmanager
     def watch(self, who: Actor, end: End) -> Iterator[None]:
-        """Meanwhile `end` is called, once, when the key of `who` is revoked, expires, or may use other things."""
+        """Meanwhile `end` is called, once, when the key of `who` is revoked, expires, or may less than it might."""
         mark, ends = object(), self._open.setdefault(who, {})
         ends[mark] = end
         if self._looking is None or self._looking.done():
@@ -81,13 +81,23 @@ class Revocation:
                 log.warning("whether keys still open what they opened could not be asked: %s", error)
                 continue
             for who in asked:
-                if held.get(who.key_id or "") != who:
+                if not _may_still(held.get(who.key_id or ""), who):
                     self._end(who)
 
     def _end(self, who: Actor) -> None:
         error = KeyRevokedError(
-            "the key that opened this was revoked, has expired, or may use other things by now",
-            hint="open it again with a key that may",
+            "the key that opened this was revoked, has expired, or may do less by now",
+            hint="open it again: what the key may do now, or with one that may",
         )
         for end in self._open.pop(who, {}).values():
             end(error)
+
+
+def _may_still(now: Actor | None, before: Actor) -> bool:
+    """Whether the holder of a key may all that it might when something was opened.
+
+    One that may less ends everything, also what it may still do: it is opened again with what the key is now.
+    """
+    if now is None or RANKS[now.role] < RANKS[before.role]:
+        return False
+    return now.repositories is None or (before.repositories is not None and before.repositories <= now.repositories)

@@ -8,8 +8,8 @@ import { Check, Choice, Confirm, Copy, Dialog, Empty, Field, Input, Problem, Sel
 const ROLES = [["user", "user: reads and generates"], ["trainer", "trainer: also trains, uploads, promotes, deletes"], ["admin", "admin: also keys, users, audit"]];
 const ACTIONS = [
   "alias.move", "alias.remove", "checkpoint.create", "checkpoint.delete", "dataset.create", "dataset.delete", "evaluation.add",
-  "job.cancel", "job.canceled", "job.complete", "job.create", "job.fail", "job.resume", "key.create", "key.grant", "key.revoke",
-  "repository.create", "repository.delete", "repository.describe", "tenant.create", "upload.begin", "upload.complete",
+  "job.cancel", "job.canceled", "job.complete", "job.create", "job.fail", "job.resume", "key.change", "key.create", "key.grant",
+  "key.revoke", "repository.create", "repository.delete", "repository.describe", "tenant.create", "upload.begin", "upload.complete",
   "user.create", "user.disable", "user.enable", "version.complete", "version.create", "version.delete",
 ];
 const DAY = 86400; // seconds
@@ -102,12 +102,25 @@ function Secret({ made, onClose }) {
     <//>`;
 }
 
-function EditGrants({ one, tenant, onClose }) {
+function ChangeKey({ one, own, tenant, onClose }) {
+  const before = { role: one.role, repositories: one.repositories, requests_per_minute: one.requests_per_minute, tokens_per_day: one.tokens_per_day };
+  const [form, setForm] = useState({ role: one.role, requests: String(one.requests_per_minute ?? ""), tokens: String(one.tokens_per_day ?? "") });
   const [chosen, setChosen] = useState(one.repositories === null ? null : one.repositories.join("\n"));
-  const work = () => call("PATCH", path`api/keys/${one.id}` + tenant, { repositories: namesIn(chosen) });
+  const text = (name) => ({ value: form[name], onValue: (typed) => setForm((held) => ({ ...held, [name]: typed })) });
+  const work = () => {
+    const after = { role: form.role, repositories: namesIn(chosen), requests_per_minute: whole(form.requests, "Requests a minute"), tokens_per_day: whole(form.tokens, "Tokens a day") };
+    const changed = Object.entries(after).filter(([name, to]) => JSON.stringify(to) !== JSON.stringify(before[name]));
+    return changed.length ? call("PATCH", path`api/keys/${one.id}` + tenant, Object.fromEntries(changed)) : one;
+  };
   return html`
-    <${Form} title=${`Repositories of ${one.name}`} action="Let it use these" work=${work} onClose=${onClose}>
+    <${Form} title=${`Change ${one.name}`} action="Change the key" work=${work} onClose=${onClose}>
+      ${own ? html`<p class="note">It is the key that this page uses: it can be given less here, and more only with another one.</p>` : null}
+      <${Select} label="Role" hint="With less than it had, what is open with it ends." options=${ROLES} ...${text("role")} />
       <${Grants} chosen=${chosen} onChosen=${setChosen} />
+      <div class="fields">
+        <${Input} label="Requests a minute" inputmode="numeric" placeholder="no limit" ...${text("requests")} />
+        <${Input} label="Tokens a day" inputmode="numeric" placeholder="no limit" ...${text("tokens")} />
+      </div>
     <//>`;
 }
 
@@ -127,7 +140,7 @@ function Keys({ me, tenant, onMe, onHistory }) {
   const { data, error, reload } = useGet(`api/keys${tenant}`, 5);
   const users = useGet(`api/users${tenant}`).data?.items ?? [];
   const [closedToo, setClosedToo] = useState(false);
-  const [asked, setAsked] = useState({}); // {create | secret | grant | revoke: ...}
+  const [asked, setAsked] = useState({}); // {create | secret | change | revoke: ...}
   const items = data?.items ?? [];
   const open = items.filter((one) => stateOf(one) === "open");
   const rows = closedToo ? items : open;
@@ -156,12 +169,12 @@ function Keys({ me, tenant, onMe, onHistory }) {
       { title: "Actions", quiet: true, cell: (one) => html`
         <button type="button" class="small" aria-label=${`History of ${one.name}`} onClick=${() => onHistory(one.id)}>History</button>${" "}
         ${stateOf(one) === "open" ? html`
-          <button type="button" class="small" aria-label=${`Repositories of ${one.name}`} onClick=${() => setAsked({ grant: one })}>Repositories</button>${" "}
+          <button type="button" class="small" aria-label=${`Change ${one.name}`} onClick=${() => setAsked({ change: one })}>Change</button>${" "}
           <button type="button" class="small danger" aria-label=${`Revoke ${one.name}`} onClick=${() => setAsked({ revoke: one })}>Revoke</button>` : null}` },
     ]} />` : null}
     ${asked.create ? html`<${CreateKey} me=${me} tenant=${tenant} users=${users} onClose=${(made) => (made ? done({ secret: made }) : setAsked({}))} />` : null}
     ${asked.secret ? html`<${Secret} made=${asked.secret} onClose=${() => setAsked({})} />` : null}
-    ${asked.grant ? html`<${EditGrants} one=${asked.grant} tenant=${tenant} onClose=${(made) => (made ? done() : setAsked({}))} />` : null}
+    ${asked.change ? html`<${ChangeKey} one=${asked.change} own=${asked.change.id === me.key?.id} tenant=${tenant} onClose=${(made) => (made ? done() : setAsked({}))} />` : null}
     ${asked.revoke ? html`<${Revoke} one=${asked.revoke} tenant=${tenant} own=${asked.revoke.id === me.key?.id} last=${admins.length === 1 && admins[0].id === asked.revoke.id} onClose=${(made) => (made ? done() : setAsked({}))} />` : null}`;
 }
 
@@ -230,6 +243,15 @@ function Tenants({ tenants, onHistory }) {
 
 // --- the log ---------------------------------------------------------------------------------------------------------
 
+/** What a change was: from what to what where that is known, else what it was made with. */
+function details(found) {
+  const said = (name, one) => (one !== null ? value(one) : name === "repositories" ? "every one" : "no limit");
+  return Object.entries(found ?? {}).map(([name, one]) => {
+    const change = one && typeof one === "object" && "from" in one && "to" in one;
+    return `${name.replaceAll("_", " ")} ${change ? `${said(name, one.from)} → ${said(name, one.to)}` : value(one)}`;
+  }).join(", ");
+}
+
 /** The changes of a tenant, newest first; `subject` is the id of what they are about. */
 function Audit({ tenant, subject, onSubject }) {
   const [action, setAction] = useState("");
@@ -251,7 +273,7 @@ function Audit({ tenant, subject, onSubject }) {
       { title: "Who", cell: (one) => one.actor },
       { title: "Action", cell: (one) => one.action },
       { title: "About", wide: true, cell: (one) => html`<button type="button" class="link" title=${one.subject_id} onClick=${() => first(onSubject)(one.subject_id)}>${one.subject || one.subject_id.slice(0, 8)}</button>` },
-      { title: "Details", wide: true, cell: (one) => (one.details ? value(one.details) : "") },
+      { title: "Details", wide: true, cell: (one) => details(one.details) },
     ]} />` : null}
     <div class="row">
       ${trail.length > 1 ? html`<button type="button" onClick=${() => setTrail(trail.slice(0, -1))}>Newer</button>` : null}
