@@ -55,7 +55,8 @@ def test_cancelled_and_resumed(server: Hosted) -> None:
 
 def test_what_is_wrong_is_said(server: Hosted) -> None:
     with pytest.raises(LorikeetError, match="nothing"):
-        run(server, "submit", "r", "--dataset", "nothing")
+        run(server, "submit", "unmade", "--dataset", "nothing")
+    assert server.http.get("/api/repos/unmade").status_code == 404
     with pytest.raises(ConfigError, match="--set: found 'rank'"):
         run(server, "submit", "r", "--dataset", "colours", "--set", "rank")
     with pytest.raises(LorikeetError, match="recipe: expected either `prompt` with `completion`, or `messages`"):

@@ -84,9 +84,11 @@ def submit(
         if template is not None and "\\n" in template:
             typer.echo(f"{flag} has a backslash and an n where $'...\\n...' would have a line break", err=True)
     fields |= {name: value for name, value in (("prompt", prompt), ("completion", completion)) if value is not None}
-    body = {"repo": repo, "dataset": dataset, "recipe": fields, "parent": parent, "description": description}
+    body = {
+        "repo": repo, "create_repo": True, "dataset": dataset, "recipe": fields, "parent": parent,
+        "description": description,
+    }  # fmt: skip
     with _client(url, api_key) as client:
-        client.api("POST", "/api/repos", {"name": repo, "exists_ok": True})
         job = client.api("POST", "/api/jobs", body)
         typer.echo(f"{job['id']}  makes {job['repo']}/{job['version']}")
         if follow:

@@ -25,8 +25,9 @@ def repository(catalog: Catalog, who: Actor) -> None:
     catalog.repositories.create(who, "intent")
 
 
-def submit(catalog: Catalog, who: Actor, **fields: Any) -> Job:
-    return catalog.jobs.submit(who, JobRequest(**{"kind": "train", "spec": {"epochs": 1}, "base": "nano", **fields}))
+def submit(catalog: Catalog, who: Actor, *, create: str | None = None, **fields: Any) -> Job:
+    request = JobRequest(**{"kind": "train", "spec": {"epochs": 1}, "base": "nano", **fields})
+    return catalog.jobs.submit(who, request, create=create)
 
 
 def kinds(catalog: Catalog, who: Actor, job: Job) -> list[str]:
@@ -56,6 +57,21 @@ def test_a_job_from_queue_to_version(catalog: Catalog, who: Actor, clock: Clock)
     assert catalog.jobs.metrics(who, job.id, after=metrics[1].id) == metrics[2:]
     with pytest.raises(LeaseLostError, match="it is completed"):
         catalog.jobs.heartbeat(lease, 30)
+
+
+def test_a_job_makes_its_repository_or_nothing(catalog: Catalog, who: Actor) -> None:
+    job = submit(catalog, who, repository="fresh", create="what for")
+    assert (job.repository, job.number) == ("fresh", 1)
+    assert catalog.repositories.get(who, "fresh").description == "what for"
+    assert submit(catalog, who, repository="fresh", create="something else").number == 2
+    assert catalog.repositories.get(who, "fresh").description == "what for"
+    with pytest.raises(NotFoundError):  # found out after the repository was made
+        submit(catalog, who, repository="unmade", create="", parent="unmade/1")
+    confined = Actor(tenant=who.tenant, role="trainer", key_id="k", repositories=frozenset())
+    for name in ("unmade", "fresh"):
+        with pytest.raises(NotFoundError, match="there is no repository"):
+            submit(catalog, confined, repository=name, create="")
+    assert [one.name for one in catalog.repositories.page(who).items if one.name != "intent"] == ["fresh"]
 
 
 def test_order_memory_and_joining(catalog: Catalog, who: Actor, clock: Clock) -> None:

@@ -9,6 +9,9 @@ from tests.server.platforms import up, wait
 
 def test_each_task_by_one_click(tmp_path: Path) -> None:
     with up(tmp_path, scripted=True) as server:
+        assert server.post("/api/demo/intent/train", {"recipe": {"epoch": 1}}).status_code == 400
+        assert server.post("/api/demo/intent/train", {"recipe": {"rank": 0}}).status_code == 400
+        assert server.http.get("/api/repos").json()["items"] == server.http.get("/api/datasets").json()["items"] == []
         tasks = [one["task"] for one in server.http.get("/api/demo").json()["items"]]
         assert "intent" in tasks and len(tasks) == 7
         made = [server.http.post(f"/api/demo/{task}/train") for task in tasks]
@@ -22,7 +25,7 @@ def test_each_task_by_one_click(tmp_path: Path) -> None:
         assert again.json()["version"] == 2 and again.json()["recipe"]["epochs"] == 1
         assert server.http.get("/api/demo").json()["items"][0]["repo"] == tasks[0]
         assert server.http.post("/api/demo/nothing/train").status_code == 404
-        assert server.post("/api/demo/intent/train", {"recipe": {"epoch": 1}}).status_code == 400
+        assert server.http.get("/api/repos/intent").json()["description"] == "the demo's intent"
         most = server.state.config.max_body
         assert server.post("/api/demo/intent/train", {"recipe": {"prompt": "x" * most}}).status_code == 413
         long = server.post("/api/demo/intent/train", {"recipe": {"prompt": "{nothing}" + "x" * 2**20}})

@@ -131,6 +131,30 @@ def test_refused(server: Hosted, trained: dict[str, Any], change: dict[str, Any]
     assert reply.status_code == status and said in reply.json()["error"]["message"], reply.text
 
 
+def test_a_training_that_is_refused_leaves_no_repository(
+    server: Hosted, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is refused for; one that is taken makes its repository and its version at once."""
+    body = {"repo": "fresh", "create_repo": True, "dataset": "colours", "recipe": RECIPE}
+    with monkeypatch.context() as little:
+        little.setattr(server.state.platform, "job_memory", 2**28)
+        assert "needs about" in server.post("/api/jobs", body).text
+    for change in (
+        {"recipe": RECIPE | {"rnak": 4}}, {"recipe": RECIPE | {"prompt": "{nothing}"}}, {"dataset": "nothing"},
+        {"parent": "colour/99"}, {"parent": "fresh/1"}, {"repo": "a b"}, {"repo": "../fresh"},
+    ):  # fmt: skip
+        assert server.post("/api/jobs", body | change).status_code in (400, 404), change
+    assert [one["name"] for one in server.http.get("/api/repos").json()["items"]] == ["colour"]
+    job = server.post("/api/jobs", body).json()
+    assert (job["repo"], job["version"]) == ("fresh", 1)
+    assert server.post("/api/jobs", body).json()["version"] == 2  # it is there by now
+    for one in server.http.get("/api/jobs?repo=fresh").json()["items"]:
+        server.post(f"/api/jobs/{one['id']}/cancel", None)
+        wait(server, one["id"])
+    assert server.http.delete("/api/repos/fresh").status_code == 204
+    assert "a job of kind eval has none" in server.post("/api/jobs", {"kind": "eval"} | body).text
+
+
 def test_more_memory_than_there_is(server: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.state.platform, "job_memory", 2**28)
     reply = server.post("/api/jobs", {"repo": "colour", "dataset": "colours", "recipe": RECIPE})

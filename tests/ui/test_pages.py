@@ -332,8 +332,8 @@ def test_nothing_starts_while_the_audit_has_errors(open_page: Open, stub: tuple[
     expect(start).to_be_enabled()
     start.click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("intent/")
-    job = next(body for method, path, body in made.asked if path == "/api/jobs")
-    assert job["repo"] == "tickets" and job["dataset"] == "tickets" and job["kind"] == "train"
+    (job,) = (body for method, path, body in made.asked if "preview" not in path)  # which makes the repository, too
+    assert job["repo"] == "tickets" and job["create_repo"] and job["dataset"] == "tickets" and job["kind"] == "train"
     assert job["recipe"]["prompt"] == "Say: {text}" and job["recipe"]["rank"] == 8
 
 

@@ -28,7 +28,7 @@ from lorikeet.registry.records import (
     VersionContent,
 )
 from lorikeet.registry.references import parse_reference
-from lorikeet.registry.repositories import find_repository
+from lorikeet.registry.repositories import find_or_make, find_repository
 from lorikeet.registry.schema import (
     DatasetRow,
     JobEventRow,
@@ -49,8 +49,19 @@ class Jobs(Part):
     # --- for those who want something done --------------------------------------------------------------------------
 
     @change
-    def submit(self, session: Session, who: Actor, request: JobRequest, *, idempotency_key: str | None = None) -> Job:
-        """Queue a job; a training's version is reserved. Raises `NotFoundError`, `ConflictError`."""
+    def submit(
+        self,
+        session: Session,
+        who: Actor,
+        request: JobRequest,
+        *,
+        create: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Queue a job; a training's version is reserved. Raises `NotFoundError`, `ConflictError`.
+
+        `create` makes the repository where it is not there, with this description.
+        """
         made = find_made(session, who, "job.create", idempotency_key, request, self._now)
         if made is not None:
             return _job(session, _find(session, who, made))
@@ -73,7 +84,10 @@ class Jobs(Part):
         session.add(row)
         session.flush()
         if request.repository is not None:
-            home = find_repository(session, who, request.repository, lock=True)
+            if create is None:
+                home = find_repository(session, who, request.repository, lock=True)
+            else:
+                home = find_or_make(session, who, request.repository, create, self._now)
             row.repository_id = home.id
             if request.kind == "train":
                 row.version_id = reserve(

@@ -117,6 +117,13 @@ def find_repository(session: Session, who: Actor, name: str, *, lock: bool = Fal
     return row
 
 
+def find_or_make(session: Session, who: Actor, name: str, description: str, now: float) -> RepositoryRow:
+    """The repository, locked; a new one where there is none. Raises `NotFoundError` for one that is not for `who`."""
+    if session.scalar(select(RepositoryRow.id).where(is_named(who, name))) is None:
+        new_repository(session, who, check_name(name, "repo"), description, now)
+    return find_repository(session, who, name, lock=True)
+
+
 def drop_alias(session: Session, who: Actor, alias: AliasRow, now: float) -> None:
     session.add(
         AliasMoveRow(

@@ -12,8 +12,8 @@ from lorikeet.registry.audit import checked_limit, find_made, log_change, not_fo
 from lorikeet.registry.database import Part, change, query
 from lorikeet.registry.ledger import own_blobs
 from lorikeet.registry.records import ENDED, Actor, Checkpoint, Page, Resolved, Version, VersionContent
-from lorikeet.registry.references import PRODUCTION, RegistryReference, check_name, parse_reference
-from lorikeet.registry.repositories import find_repository, is_named, may_use, new_repository
+from lorikeet.registry.references import PRODUCTION, RegistryReference, parse_reference
+from lorikeet.registry.repositories import find_or_make, find_repository, may_use
 from lorikeet.registry.schema import (
     AliasRow,
     CheckpointRow,
@@ -48,9 +48,10 @@ class Versions(Part):
         made = find_made(session, who, "version.create", idempotency_key, request, self._now)
         if made is not None:
             return _version(session, made)
-        if create and session.scalar(select(RepositoryRow.id).where(is_named(who, repository))) is None:
-            new_repository(session, who, check_name(repository, "repo"), "", self._now)
-        home = find_repository(session, who, repository, lock=True)
+        if create:
+            home = find_or_make(session, who, repository, "", self._now)
+        else:
+            home = find_repository(session, who, repository, lock=True)
         row = reserve(session, who, home, description=description, parent=parent, now=self._now)
         fill(session, who, row, content, self._now)
         remember_made(session, who, "version.create", idempotency_key, request, row.id, self._now)

@@ -9,7 +9,17 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from lorikeet.config import AdapterRecipe, AdapterSettings, EvalTask, JudgeRecipe, Recipe, read_recipe
+from lorikeet.config import (
+    AdapterRecipe,
+    AdapterSettings,
+    EvalTask,
+    JobRecipe,
+    JudgeRecipe,
+    Recipe,
+    job_adapter,
+    read_fields,
+    read_recipe,
+)
 from lorikeet.data.formats import read_rows
 from lorikeet.errors import NotFoundError
 from lorikeet.registry.records import Actor, Job
@@ -85,6 +95,14 @@ def _train(platform: Platform, who: Actor, task: str, changes: dict[str, Any], k
     files = {"train": DATA / adapter.data.train} | (
         {} if adapter.data.test is None else {"test": DATA / adapter.data.test}
     )
+    judge = next((one for one in recipe.tasks if one.adapter == task), None)
+    fields = (
+        _settings(recipe.defaults) | _settings(adapter) | {"prompt": adapter.prompt, "completion": adapter.completion}
+    )
+    if judge is not None:
+        fields["evaluate"] = _judging(judge)
+    fields |= changes
+    job_adapter(read_fields(fields, JobRecipe, "recipe"), task, {split: path.name for split, path in files.items()})
     columns = dict.fromkeys(column for path in files.values() for row in read_rows(path) for column in row)
 
     def read(path: Path) -> list[dict[str, Any]]:
@@ -94,16 +112,9 @@ def _train(platform: Platform, who: Actor, task: str, changes: dict[str, Any], k
     dataset = platform.home.add_dataset(
         who, f"demo-{task}", files, read, description="synthetic rows that ship with Lorikeet"
     )
-    platform.catalog.repositories.create(who, task, f"the demo's {task}", exists_ok=True)
-    judge = next((one for one in recipe.tasks if one.adapter == task), None)
-    fields = (
-        _settings(recipe.defaults) | _settings(adapter) | {"prompt": adapter.prompt, "completion": adapter.completion}
-    )
-    if judge is not None:
-        fields["evaluate"] = _judging(judge)
     return submit_training(
-        platform, who, repository=task, dataset=dataset.name, recipe=fields | changes, description=f"demo: {task}",
-        idempotency_key=key,
+        platform, who, repository=task, dataset=dataset.name, recipe=fields, description=f"demo: {task}",
+        create=f"the demo's {task}", idempotency_key=key,
     )  # fmt: skip
 
 

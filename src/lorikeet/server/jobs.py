@@ -25,11 +25,15 @@ _STATES: tuple[JobState, ...] = ("queued", "running", "stopping", "completed", "
 
 
 class JobBody(Body):
-    """A training makes the next version of `repo`; an evaluation judges `adapter` (a reference), or the base alone."""
+    """A training makes the next version of `repo`; with `create_repo` the repository too, where it is not there.
+
+    An evaluation judges `adapter` (a reference), or the base alone.
+    """
 
     kind: Literal["train", "eval"] = "train"
     dataset: str
     repo: str | None = None
+    create_repo: bool = False
     adapter: str | None = None
     parent: str | None = None
     task: Annotated[str, Field(max_length=128)] | None = None
@@ -41,7 +45,7 @@ class JobBody(Body):
         """Raise `UnsupportedFieldError` for a field that the kind does not have."""
         if self.kind == "train" and self.repo is None:
             raise UnsupportedFieldError("field 'repo' is missing", param="repo", code="invalid_value")
-        extra = ("adapter", "task") if self.kind == "train" else ("repo", "parent", "priority")
+        extra = ("adapter", "task") if self.kind == "train" else ("repo", "create_repo", "parent", "priority")
         for name in extra:
             if getattr(self, name):
                 raise UnsupportedFieldError(f"'{name}': a job of kind {self.kind} has none", param=name)
@@ -71,7 +75,8 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
             assert body.repo is not None
             job = await platform.run_slow(
                 submit_training, platform, who, repository=body.repo, dataset=body.dataset, recipe=body.recipe or {},
-                description=body.description, parent=body.parent, priority=body.priority, idempotency_key=key,
+                description=body.description, parent=body.parent, priority=body.priority,
+                create="" if body.create_repo else None, idempotency_key=key,
             )  # fmt: skip
         else:
             job = await platform.run_slow(

@@ -38,12 +38,14 @@ def submit_training(
     description: str = "",
     parent: str | None = None,
     priority: int = 0,
+    create: str | None = None,
     idempotency_key: str | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Job:
     """Queue a training. `recipe` has the fields of `JobRecipe`; `parent` is a reference to go on from.
 
-    `notes` are kept in the job's spec for whoever submits it.
+    `create` makes the repository where it is not there, with this description; of a training that is refused nothing
+    stays. `notes` are kept in the job's spec for whoever submits it.
 
     Raises `ConfigError` naming the field, `DataError`, `NotFoundError`, and `ConflictError`.
     """
@@ -74,7 +76,7 @@ def submit_training(
         description=description, join_key=_join_key(who, platform.base.sha256) if joins else None, priority=priority,
         memory=memory.total,
     )  # fmt: skip
-    return _submit(platform, who, request, idempotency_key)
+    return _submit(platform, who, request, idempotency_key, create)
 
 
 def submit_evaluation(
@@ -132,10 +134,12 @@ def follow_up(platform: Platform, job: Job) -> Job | None:
     )  # fmt: skip
 
 
-def _submit(platform: Platform, who: Actor, request: JobRequest, idempotency_key: str | None) -> Job:
+def _submit(
+    platform: Platform, who: Actor, request: JobRequest, idempotency_key: str | None, create: str | None = None
+) -> Job:
     if platform.catalog.jobs.waiting() >= MOST_WAITING:
         raise OverloadedError(f"{MOST_WAITING} jobs wait already", hint="try again later", retry_after=60.0)
-    job = platform.catalog.jobs.submit(who, request, idempotency_key=idempotency_key)
+    job = platform.catalog.jobs.submit(who, request, create=create, idempotency_key=idempotency_key)
     platform.supervisor.wake()
     return job
 

@@ -176,8 +176,7 @@ export function NewRun({ query }) {
   const { preview, error: previewError, busy: looking } = usePreview(dataset?.name, recipe);
   const broken = (preview?.audit ?? []).some((one) => one.level === "error");
   const [start, busy, error] = useAction(async () => {
-    await call("POST", "api/repos", { name: form.repo.trim(), exists_ok: true });
-    const job = await call("POST", "api/jobs", { kind: "train", repo: form.repo.trim(), dataset: dataset.name, recipe: JSON.parse(recipe), description: form.description });
+    const job = await call("POST", "api/jobs", { kind: "train", repo: form.repo.trim(), create_repo: true, dataset: dataset.name, recipe: JSON.parse(recipe), description: form.description });
     window.location.hash = path`#/runs/${job.id}`;
   });
   const ready = dataset && recipe && preview && !broken && !looking && form.repo.trim();
