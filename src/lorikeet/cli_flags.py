@@ -81,7 +81,8 @@ class StepFlags:
     quantize: Annotated[
         str,
         typer.Option(
-            help="none | int8 (on a CPU) | fp8 (on a GPU): hold the base's linear layers in half the bytes of bf16.",
+            help="none | int8 | int4 | nf4 (on a GPU) | fp8 (on a GPU): hold the base's linear layers in half or, in "
+            "four bits, a good quarter of bf16's bytes.",
             rich_help_panel=ENGINE,
         ),
     ] = "none"
@@ -288,7 +289,7 @@ class HttpFlags:
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "quantize": ("none", "int8", "fp8"),
+    "quantize": ("none", "int8", "int4", "nf4", "fp8"),
     "adapter_dtype": ("auto", "float32", "bfloat16"),
 }
 SIZES = ("kv_memory", "adapter_memory", "adapter_host_memory", "adapter_disk")

@@ -13,7 +13,8 @@ from lorikeet.engine import sizing
 from lorikeet.engine.engine import Engine
 from lorikeet.engine.sizing import choose_device, choose_sizes, choose_weights
 from lorikeet.errors import ConfigError
-from lorikeet.kernels.gpu_weight import Fp8Weight
+from lorikeet.kernels.gpu_weight import Fp8Weight, GpuInt4Weight, GpuInt8Weight, Nf4Weight
+from lorikeet.kernels.int4_weight import Int4Weight, WhereItFits
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.kernels.weight import Int8Weight, pack
 
@@ -78,11 +79,10 @@ def test_devices_and_tiers_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -
         Engine.build(EngineConfig(adapter_host_memory=GIB))
 
 
-def test_int8_weights_need_bf16() -> None:
-    assert choose_weights(EngineConfig(), torch.float32) is pack
-    assert choose_weights(EngineConfig(quantize="int8"), torch.bfloat16) is Int8Weight
-    with pytest.raises(ConfigError, match="quantize: int8 .* float32") as caught:
-        Engine.build(EngineConfig(quantize="int8", dtype="float32"))
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_weights_need_bf16(kind: Any) -> None:
+    with pytest.raises(ConfigError, match=f"quantize: {kind} .* float32") as caught:
+        Engine.build(EngineConfig(quantize=kind, dtype="float32"))
     assert caught.value.param == "quantize"
 
 
@@ -137,17 +137,30 @@ def test_a_gpu_without_room(world: Any, ten_gib: None, monkeypatch: pytest.Monke
 
 
 def test_weights_by_device(ten_gib: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    fp8 = EngineConfig(quantize="fp8")
-    assert choose_weights(fp8, torch.bfloat16, "cuda") is Fp8Weight
-    with pytest.raises(ConfigError, match="quantize: fp8 weights need a GPU"):
-        choose_weights(fp8, torch.bfloat16)
+    def chosen(kind: Any, device: str) -> Any:
+        found = choose_weights(EngineConfig(quantize=kind), torch.bfloat16, device)
+        return found.form if isinstance(found, WhereItFits) else found
+
+    assert [chosen(kind, "cpu") for kind in ("none", "int8", "int4")] == [pack, Int8Weight, Int4Weight]
+    forms = {"none": pack, "int8": GpuInt8Weight, "int4": GpuInt4Weight, "nf4": Nf4Weight, "fp8": Fp8Weight}
+    assert {kind: chosen(kind, "cuda") for kind in forms} == forms
+    for kind in ("fp8", "nf4"):
+        with pytest.raises(ConfigError, match=f"quantize: {kind} weights need a GPU"):
+            chosen(kind, "cpu")
     with pytest.raises(ConfigError, match="quantize: fp8 .* dtype here is float32"):
-        choose_weights(fp8, torch.float32, "cuda")
-    with pytest.raises(ConfigError, match="quantize: int8 weights .* CPU"):
-        choose_weights(EngineConfig(quantize="int8"), torch.bfloat16, "cuda")
+        choose_weights(EngineConfig(quantize="fp8"), torch.float32, "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ConfigError, match="quantize: fp8 .* 8.9 .* found 8.0"):
-        choose_weights(fp8, torch.bfloat16, "cuda")
+        chosen("fp8", "cuda")
+
+
+def test_many_rows_need_room_for_a_dequantised_weight(world: Any, ten_gib: None) -> None:
+    plain, int4 = (
+        choose_sizes(EngineConfig(quantize=kind, max_seqs=4), world.spec, torch.bfloat16, "cuda")
+        for kind in ("none", "int4")
+    )
+    largest = 2 * max(group.d_in * group.d_out for group in world.spec.groups[0].values())
+    assert 0 <= plain.slab_bytes - int4.slab_bytes - largest // 2 <= 64  # adapters take half of what is left
 
 
 def test_free_memory_is_known() -> None:

@@ -15,6 +15,7 @@ from lorikeet.adapters.compiled import Dtype
 from lorikeet.config import EngineConfig
 from lorikeet.engine.scheduler import FREE_TOKENS
 from lorikeet.errors import ConfigError
+from lorikeet.kernels.int4_weight import Int4Weight, WhereItFits
 from lorikeet.kernels.precision import DTYPES
 from lorikeet.kernels.weight import Int8Weight, Weight, pack
 from lorikeet.model.spec import ModelSpec
@@ -84,23 +85,23 @@ def choose_weights(
     kind = config.quantize
     if kind == "none":
         return pack
-    if kind == "fp8" and device == "cpu":
-        raise _refused("fp8 weights need a GPU", "use --quantize int8 on a CPU")
-    if kind == "int8" and device != "cpu":
-        raise _refused("int8 weights are multiplied on a CPU only", "use --quantize fp8 on a GPU")
+    if kind in ("fp8", "nf4") and device == "cpu":
+        raise _refused(f"{kind} weights need a GPU", "use --quantize int8 or int4 on a CPU")
     if dtype != torch.bfloat16:
         found = f"{kind} weights are multiplied in bfloat16, and the dtype here is {str(dtype)[6:]}"
         raise _refused(found, "add --dtype bfloat16, or leave --quantize out")
-    if kind == "int8":
-        return Int8Weight
-    from lorikeet.kernels.gpu_weight import CAPABILITY, Fp8Weight
+    if device == "cpu":
+        return Int8Weight if kind == "int8" else WhereItFits(Int4Weight)
+    from lorikeet.kernels.gpu_weight import CAPABILITY, Fp8Weight, GpuInt4Weight, GpuInt8Weight, Nf4Weight
 
+    if kind != "fp8":
+        return GpuInt8Weight if kind == "int8" else WhereItFits(GpuInt4Weight if kind == "int4" else Nf4Weight)
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
         found = "fp8 weights need a GPU of compute capability {}.{} or more, found {}.{}".format(
             *CAPABILITY, *capability
         )
-        raise _refused(found, "leave --quantize out")
+        raise _refused(found, "use --quantize int8, or leave it out")
     return Fp8Weight
 
 
@@ -136,7 +137,7 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, devi
     if device == "cpu":
         kv_bytes, slab_bytes = _share_host(config, wanted)
     else:
-        working = _working_bytes(config, spec, dtype, logit_rows)
+        working = _working_bytes(config, spec, dtype, logit_rows) + _dequantised_bytes(config, spec)
         kv_bytes, slab_bytes = _share_device(config, wanted, available_device_memory(device), working)
     blocks = kv_bytes // block_bytes
     if blocks < 2:
@@ -205,6 +206,13 @@ def _working_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, lo
     widest = 3 * spec.intermediate_size + 4 * spec.hidden_size + 2 * (spec.q_size + 2 * spec.kv_size)
     activations = 2 * config.step_tokens * widest * dtype.itemsize
     return _LOGIT_COPIES * 4 * logit_rows * spec.vocab_size + activations + _DEVICE_EXTRA
+
+
+def _dequantised_bytes(config: EngineConfig, spec: ModelSpec) -> int:
+    """Of the largest weight in bf16: many rows are multiplied with that, one layer after the other."""
+    if config.quantize in ("none", "fp8"):
+        return 0
+    return 2 * max(group.d_in * group.d_out for group in spec.groups[0].values())
 
 
 def _host_bytes(config: EngineConfig) -> int:
