@@ -132,7 +132,7 @@ def random_weights(spec: ModelSpec, dtype: torch.dtype, device: str, make_weight
 
     h, m = spec.hidden_size, spec.intermediate_size
     with torch.no_grad():
-        embed = tensor(spec.vocab_size, h)
+        embed = DenseWeight(tensor(spec.vocab_size, h))
         layers = [
             LayerWeights(
                 attn_norm=ones(), qkv=make_weight(tensor(spec.q_size + 2 * spec.kv_size, h), None),
@@ -141,8 +141,8 @@ def random_weights(spec: ModelSpec, dtype: torch.dtype, device: str, make_weight
             )
             for _ in range(spec.num_layers)
         ]  # fmt: skip
-        head = embed if spec.tie_embeddings else tensor(spec.vocab_size, h)
-        return DecoderWeights(embed, layers, ones(), DenseWeight(head), *rope_tables(spec, dtype, device))
+        head = embed if spec.tie_embeddings else DenseWeight(tensor(spec.vocab_size, h))
+        return DecoderWeights(embed, layers, ones(), head, *rope_tables(spec, dtype, device))
 
 
 class Adapters:

@@ -229,7 +229,7 @@ def world() -> World:
         )
         for _ in range(spec.num_layers)
     ]
-    embed = tensor(spec.vocab_size, h)
+    embed = DenseWeight(tensor(spec.vocab_size, h))
     head = DenseWeight(tensor(spec.vocab_size, h, scale=3 * h**-0.5))
     weights = DecoderWeights(embed, layers, tensor(h, scale=0.1, shift=1), head, *rope_tables(spec))
     base = BaseIdentity(name="tiny", sha256="b" * 64, tokenizer_sha256="t" * 64, stop_ids=(EOS,))

@@ -67,7 +67,7 @@ def test_another_dtype_is_refused(world: Any) -> None:
 def test_an_adapter_may_go_before_its_last_byte_was_there(world: Any) -> None:
     """Its handle may lie beyond the table, which grows with adapters that are whole."""
     info = world.adapter(1)
-    slab = AdapterSlab(2**16, world.spec, world.weights.embed.dtype, world._open)
+    slab = AdapterSlab(2**16, world.spec, world.weights.norm.dtype, world._open)
     handle = len(slab.slab.table)
     part = AdapterCopy(info.digest, info.path, handle, 0, info.nbytes, 0, info.nbytes // 2)
     assert slab.carry_out([part, AdapterMove(handle, 0, 64, 64), AdapterDrop(handle)]) == {}

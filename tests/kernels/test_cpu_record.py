@@ -16,7 +16,7 @@ from lorikeet.kernels.cpu import CpuOps
 from lorikeet.kernels.cpu_record import Buffers, NotRecordable, Program
 from lorikeet.kernels.precision import native_bf16_products
 from lorikeet.kernels.reference import ReferenceOps
-from lorikeet.kernels.weight import DenseWeight, Int8Weight, pack
+from lorikeet.kernels.weight import Int8Weight, pack, pack_table
 from lorikeet.model.decoder import DecoderWeights, LayerWeights, forward
 from lorikeet.model.spec import ModelSpec
 from lorikeet.model.weights import rope_tables
@@ -29,7 +29,7 @@ PLAIN = ModelSpec(
 )  # fmt: skip
 SPECS = {
     "plain": PLAIN,
-    "biases": replace(PLAIN, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "biases": replace(PLAIN, vocab_size=96, qkv_bias=True, o_bias=True, mlp_bias=True),
     "normed heads, windows": replace(PLAIN, qk_norm=True, windows=(None, 5, 9), head_dim=16, num_heads=6),
 }
 FORMS = {"bf16": pack, "int8": Int8Weight}
@@ -54,8 +54,8 @@ def make_weights(spec: ModelSpec, form: str, dtype: torch.dtype = torch.bfloat16
         )  # type: ignore[arg-type]
         for _ in range(spec.num_layers)
     ]  # fmt: skip
-    embed = random(spec.vocab_size, h)
-    return DecoderWeights(embed, layers, random(h) + 1, DenseWeight(embed), *rope_tables(spec))
+    table = pack_table(random(spec.vocab_size, h), form == "int8")  # 97 tokens stay plain, 96 are in panels
+    return DecoderWeights(table, layers, random(h) + 1, table, *rope_tables(spec))
 
 
 def make_step(

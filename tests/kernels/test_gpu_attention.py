@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache
 from lorikeet.kernels.reference import ReferenceOps
+from lorikeet.kernels.weight import DenseWeight
 
 DTYPES = (torch.float32, torch.bfloat16)
 REFERENCE = ReferenceOps()
@@ -144,7 +145,7 @@ def test_the_same_buffers_serve_other_lengths(device: str, draw: torch.Generator
         blocks = batch.block_table[:count].gather(1, at.unsqueeze(1) // 16).squeeze(1)
         batch.cache_slot[:count] = blocks.long() * 16 + at % 16
         batch.cache_slot[count:] = -1
-        ops.embed(table, torch.zeros(1, dtype=torch.int64, device=device))  # a forward pass begins
+        ops.embed(DenseWeight(table), torch.zeros(1, dtype=torch.int64, device=device))  # a forward pass begins
         written = clone(cache)
         with poisoned_memory():
             found = ops.attention(q, k, v, batch, written, None)
@@ -280,7 +281,7 @@ def test_a_captured_graph_serves_other_lengths(device: str, draw: torch.Generato
     table, token = torch.zeros(4, 4, device=device), torch.zeros(1, dtype=torch.int64, device=device)
 
     def step() -> Tensor:
-        ops.embed(table, token)
+        ops.embed(DenseWeight(table), token)
         return ops.attention(q, k, v, batch, cache, None)
 
     side = torch.cuda.Stream()

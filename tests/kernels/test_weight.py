@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lorikeet.kernels import precision
-from lorikeet.kernels.weight import DenseWeight, Int8Weight, PackedWeight, PanelWeight, pack
+from lorikeet.kernels.cpu import CpuOps
+from lorikeet.kernels.cpu_products import panel_linear
+from lorikeet.kernels.weight import DenseWeight, Int8Weight, PackedWeight, PanelWeight, pack, pack_table
 
 needs_bf16 = pytest.mark.skipif(not precision.native_bf16_products(), reason="the processor has no AVX512-BF16")
 
@@ -46,7 +48,7 @@ def test_panels(with_bias: bool, shape: tuple[int, int]) -> None:
     for rows in (*range(1, 28), 70):
         x = torch.randn(rows, shape[1] + 6, generator=generator).bfloat16()[:, 6:]
         wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-        exact, rounded = panels.linear(x, torch.float32), panels.linear(x)
+        exact, rounded = panel_linear(x, *panels.panels, torch.float32), panels.linear(x)
         assert (exact.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
         assert torch.equal(rounded, exact.bfloat16())
 
@@ -81,6 +83,24 @@ def test_int8(shape: tuple[int, int]) -> None:
         assert (quantised.linear(x).double() - wanted).abs().max() <= 2**-7 * wanted.abs().max()
     held = sum(value.nbytes for value in vars(quantised).values() if isinstance(value, Tensor))
     assert held <= shape[0] * shape[1] + 12 * shape[0]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("vocabulary", [96, 95])
+def test_a_table_gives_rows_and_logits_that_are_not_rounded(vocabulary: int, int8: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 64, generator=generator).bfloat16() for n in (vocabulary, 5))
+    table, panels = pack_table(weight, int8), precision.native_bf16_products() and vocabulary == 96
+    assert isinstance(table, (Int8Weight if int8 else PanelWeight) if panels else DenseWeight)
+    exact = weight.double()
+    if panels and int8:
+        step = weight.float().abs().amax(1, keepdim=True) / 127
+        exact = (weight.float() / step).round().double() * step.double()
+    wanted, found = x.double() @ exact.T, CpuOps().logits(table, x)
+    assert found.dtype == torch.float32 and (found.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    index = torch.tensor([0, 31, 32, 94, 94])
+    assert torch.equal(table.rows(index), table.dequantised()[index])
+    assert (table.rows(index).double() - exact[index]).abs().max() <= 2**-8 * exact.abs().max()
 
 
 def test_pack_chooses_by_dtype_and_shape() -> None:

@@ -46,14 +46,14 @@ def random_base(
         )
         for _ in range(spec.num_layers)
     ]
-    embed = tensor(spec.vocab_size, h)
+    table = DenseWeight(tensor(spec.vocab_size, h))
     angles = torch.arange(spec.max_context)[:, None] * 100.0 ** (-torch.arange(4) / 4)[None, :]
     wide = torch.promote_types(dtype, torch.float32)
     weights = DecoderWeights(  # the last norm gives logits a standard deviation of about 2
-        embed,
+        table,
         layers,
         tensor(h, scale=0.1, shift=0.45),
-        DenseWeight(embed),
+        table,
         angles.cos().to(wide),
         angles.sin().to(wide),
     )

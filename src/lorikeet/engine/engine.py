@@ -36,7 +36,7 @@ from lorikeet.engine.request import (
 from lorikeet.engine.residency import Place, Residency
 from lorikeet.engine.runner import Launched, Runner
 from lorikeet.engine.scheduler import Scheduler
-from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes, choose_weights
+from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes, choose_table, choose_weights
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.engine.transfer import Transfer
 from lorikeet.errors import AdapterInUseError, AdapterLostError, InvalidRequestError
@@ -114,10 +114,10 @@ class Engine:
         started = time.perf_counter()
         folder = sources.find_model(config.model)
         local = Shard(model_weights.load_spec(folder), 0, ranks).local
-        make_weight = choose_weights(config, dtype, device)
+        make_weight, make_table = choose_weights(config, dtype, device), choose_table(config, device)
         with ExitStack() as undo:
             followers = None if ranks == 1 else undo.enter_context(closing(Followers(config, on_lost)))
-            spec, weights = model_weights.load(folder, dtype, make_weight, device, 0, ranks)
+            spec, weights = model_weights.load(folder, dtype, make_weight, device, 0, ranks, make_table)
             base = sources.identify(folder, config.model)
             sizes = choose_sizes(config, local, dtype, device)
             leads: dict[str, Any] = {}

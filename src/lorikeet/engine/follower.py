@@ -32,7 +32,7 @@ from lorikeet.engine.parallel import (
 )
 from lorikeet.engine.plan import Outcome, Plan
 from lorikeet.engine.runner import UNKNOWN, Launched, Runner
-from lorikeet.engine.sizing import choose_device, choose_weights
+from lorikeet.engine.sizing import choose_device, choose_table, choose_weights
 from lorikeet.engine.wire import Failed
 from lorikeet.errors import LorikeetError
 from lorikeet.kernels.precision import choose_dtype
@@ -101,9 +101,9 @@ def follow(link: Link) -> int:
         elif join.threads is not None:
             torch.set_num_threads(join.threads)
         dtype = choose_dtype(config.dtype, device)
-        make_weight = choose_weights(config, dtype, device)
+        make_weight, make_table = choose_weights(config, dtype, device), choose_table(config, device)
         folder = sources.find_model(config.model)
-        spec, weights = model_weights.load(folder, dtype, make_weight, device, join.rank, ranks)
+        spec, weights = model_weights.load(folder, dtype, make_weight, device, join.rank, ranks, make_table)
         ops = kernels.pick(device)
     except Exception as error:
         if not isinstance(error, LorikeetError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from lorikeet.engine.scheduler import FREE_TOKENS
 from lorikeet.errors import ConfigError
 from lorikeet.kernels.int4_weight import Int4Weight, WhereItFits
 from lorikeet.kernels.precision import DTYPES
-from lorikeet.kernels.weight import Int8Weight, Weight, pack
+from lorikeet.kernels.weight import DenseWeight, Int8Weight, Table, Weight, pack, pack_table
 from lorikeet.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,11 @@ def choose_weights(
         )
         raise _refused(found, "use --quantize int8, or leave it out")
     return Fp8Weight
+
+
+def choose_table(config: EngineConfig, device: str = "cpu") -> Callable[[Tensor], Table]:
+    """What the head is held as, and an embedding tied to it, once `choose_weights` took the configuration."""
+    return partial(pack_table, int8=config.quantize == "int8") if device == "cpu" else DenseWeight
 
 
 def _refused(message: str, hint: str) -> ConfigError:

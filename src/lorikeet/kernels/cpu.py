@@ -11,11 +11,12 @@ from torch import Tensor
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.cpu_attention import BatchArguments, attention
 from lorikeet.kernels.cpu_lowrank import SegmentArrays, SiteArray, lowrank_add, output_scale
+from lorikeet.kernels.cpu_products import panel_linear
 from lorikeet.kernels.cpu_record import NotRecordable, Program
 from lorikeet.kernels.cpu_rows import add_rms_norm, logits, rms_norm_heads, rope, silu_mul
 from lorikeet.kernels.cpu_runtime import cache_folder
 from lorikeet.kernels.reference import Forward, ReferenceOps, Step
-from lorikeet.kernels.weight import DenseWeight, PanelWeight, Weight
+from lorikeet.kernels.weight import DenseWeight, Panels, Weight
 from lorikeet.types import SiteGroup
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,9 @@ class CpuOps(ReferenceOps):
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
         """A plain head is read as it lies. A packed fp32 product is unrounded already; oneDNN's bf16 is unpacked."""
-        if isinstance(weight, PanelWeight):
-            return weight.linear(x, torch.float32)
+        panels: Panels | None = getattr(weight, "panels", None)
+        if panels is not None:
+            return panel_linear(x, *panels, torch.float32)
         if isinstance(weight, DenseWeight) or x.dtype == torch.bfloat16:
             return logits(weight.dequantised(), x)
         return weight.linear(x)

@@ -451,6 +451,11 @@ def from_panels(panels: Tensor) -> Tensor:
     return panels.permute(0, 2, 1, 3).reshape(count * outputs, pairs * 2)
 
 
+def panel_rows(panels: Tensor, index: Tensor) -> Tensor:
+    """Rows [N, d_in] of a weight in panels."""
+    return panels[index // PANEL, :, index % PANEL].reshape(len(index), -1)
+
+
 def panel_linear(x: Tensor, panels: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """x [T, d_in] (bf16) times panels in bf16 or int8; scale (int8 only), bias [d_out] (float32): [T, d_out]."""
     count, pairs, width, _ = panels.shape

@@ -18,9 +18,9 @@ from lorikeet.kernels.cpu_attention import ROWS as TASK_ROWS
 from lorikeet.kernels.cpu_attention import attend_share, list_tasks, store_rows
 from lorikeet.kernels.cpu_lowrank import FIELDS as ENTRY_FIELDS
 from lorikeet.kernels.cpu_lowrank import expand_share, list_entries, scale_share, shrink_share
-from lorikeet.kernels.cpu_products import dot_share, panel_share
-from lorikeet.kernels.cpu_rows import norm_rows, rope_rows, silu_rows
-from lorikeet.kernels.cpu_runtime import at, device_function, hold, kernel, use_threads
+from lorikeet.kernels.cpu_products import PANEL, dot_share, panel_share
+from lorikeet.kernels.cpu_rows import F1, norm_rows, rope_rows, silu_rows
+from lorikeet.kernels.cpu_runtime import at, device_function, hold, kernel, narrow, size, use_threads, widen
 from lorikeet.kernels.cpu_team import meet
 from lorikeet.kernels.cpu_tiles import F0, I0
 
@@ -33,16 +33,18 @@ class Code(IntEnum):
     """Operations. Those up to BY_ROW_LAST divide the rows among the threads, always in the same way."""
 
     TAKE = 0
-    NORM = 1
-    ROPE = 2
-    STORE = 3
-    SILU = 4
-    LINEAR = 5
-    SHRINK = 6
-    EXPAND = 7
-    ATTENTION = 8
-    LOGITS = 9
-    SCALE = 10
+    TAKE_PANELS = 1
+    NORM = 2
+    ROPE = 3
+    STORE = 4
+    SILU = 5
+    LINEAR = 6
+    SHRINK = 7
+    EXPAND = 8
+    ATTENTION = 9
+    LOGITS = 10
+    PANEL_LOGITS = 11
+    SCALE = 12
 
 
 BY_ROW_LAST = Code.SILU
@@ -75,7 +77,9 @@ class Field(IntEnum):
 
 
 # Numba takes plain integers as constants.
-TAKE, NORM, ROPE, STORE, SILU, LINEAR, SHRINK, EXPAND, ATTENTION, LOGITS, SCALE = (int(code) for code in Code)
+TAKE, TAKE_PANELS, NORM, ROPE, STORE, SILU, LINEAR, SHRINK, EXPAND, ATTENTION, LOGITS, PANEL_LOGITS, SCALE = map(
+    int, Code
+)
 QUERY_START, KV_LEN, SEQUENCES, TABLE, TABLE_STRIDE, CACHE_SLOT, LOGITS_AT = (
     int(field) for field in (
         Field.QUERY_START, Field.KV_LEN, Field.SEQUENCES, Field.BLOCK_TABLE, Field.TABLE_STRIDE, Field.CACHE_SLOT,
@@ -102,10 +106,28 @@ def take(a, f, begin, end, rows):
 
 
 @device_function
-def by_row(code, a, f, number, begin, end, act):
+def take_panels(a, f, begin, end, act, stored):
+    """out = rows of a weight: (field of the index, panels, pairs, scale, which only int8 has, out)"""
+    panels, pairs, scale, out = a[4], a[5], at(a[6], F0), a[7]
+    index, length = at(f[a[3]], I0), 2 * PANEL * size(stored)  # bytes of a pair of inputs for all outputs of a panel
+    for row in range(begin, end):
+        wanted = index[row]
+        first = panels + wanted // PANEL * pairs * length + wanted % PANEL * 2 * size(stored)
+        target = at(out + row * 2 * pairs * size(act), act)
+        factor = scale[wanted] if size(stored) == 1 else F1
+        for i in range(pairs):
+            two = at(first + i * length, stored)
+            for j in range(2):
+                target[2 * i + j] = narrow(widen(two[j]) * factor, act)
+
+
+@device_function
+def by_row(code, a, f, number, begin, end, act, stored):
     """Rows [begin, end) of an operation that takes each row by itself."""
     if code == TAKE:
         take(a, f, begin, end, end - begin)
+    elif code == TAKE_PANELS:
+        take_panels(a, f, begin, end, act, stored)
     elif code == NORM:  # x, stride, heads, d, residual, stride, total, out, weight
         heads = a[5]
         norm_rows(begin * heads, end * heads, a[3], a[4], heads, a[6], a[7], a[8], a[9], a[10], a[11], number, act)
@@ -149,8 +171,12 @@ def attend(a, f, queries, number, part, parts, act):
 
 
 @device_function
-def logits(a, f, rows, part, parts):
-    """(x, stride, head, stride, vocabulary, d / STEP)"""
+def logits(code, a, f, rows, part, parts, stored):
+    """(x, stride, head, stride, vocabulary, d / STEP), or
+    (x, stride, panels, pairs, how many, scale, bias, bytes of a row of logits)"""
+    if code == PANEL_LOGITS:
+        panel_share(part, parts, rows, a[3], a[4], a[5], a[6], a[7], a[8], a[9], f[LOGITS_AT], a[10], F0, stored)
+        return
     numbers = np.arange(rows)
     columns = a[7]
     dot_share(part, parts, rows, a[3], a[4], numbers.ctypes.data, a[5], a[6], columns, a[8], f[LOGITS_AT], 4 * columns)
@@ -169,7 +195,7 @@ def carry_out(program, count, numbers, fields, counter, part, parts, act, slab, 
         rows = f[kind]
         s = SEGMENTS + 4 * kind
         if code <= SILU:
-            by_row(code, a, f, number, rows * part // parts, rows * (part + 1) // parts, act)
+            by_row(code, a, f, number, rows * part // parts, rows * (part + 1) // parts, act, stored)
         elif code == LINEAR:  # x, stride, panels, pairs, how many, scale, bias, out, stride
             panel_share(part, parts, rows, a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], act, stored)
         elif code == SHRINK:
@@ -187,7 +213,7 @@ def carry_out(program, count, numbers, fields, counter, part, parts, act, slab, 
         elif code == ATTENTION:
             attend(a, f, rows, number, part, parts, act)
         else:
-            logits(a, f, rows, part, parts)
+            logits(code, a, f, rows, part, parts, stored)
         if listed[2]:
             meet(counter, parts)
 

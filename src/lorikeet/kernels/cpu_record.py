@@ -31,7 +31,7 @@ from lorikeet.kernels.cpu_runtime import TAGS
 from lorikeet.kernels.cpu_team import team
 from lorikeet.kernels.cpu_tiles import TILE
 from lorikeet.kernels.reference import Forward, ReferenceOps
-from lorikeet.kernels.weight import DenseWeight, Panels, Weight
+from lorikeet.kernels.weight import DenseWeight, Panels, Table, Weight
 from lorikeet.types import Site, SiteGroup
 
 Show = Callable[[int], Tensor]  # the first so many rows of a result
@@ -134,10 +134,15 @@ class Recorder:
         self._note(Code.TAKE, field, table.data_ptr(), table.stride(0) * width, table.shape[1] * width, out.data_ptr())
         return out
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, table: Table, tokens: Tensor) -> Tensor:
         """Of the batch's tokens; `Program` sees to it that the table has a row for each."""
-        self.tokens = len(table)
-        return self.take(table, self.batch.tokens)
+        self.tokens, d = table.shape
+        if isinstance(table, DenseWeight):
+            return self.take(table.weight, self.batch.tokens)
+        stored, scale, _ = self._panels(table)
+        out = self._result(d)
+        self._note(Code.TAKE_PANELS, Field.TOKENS, stored.data_ptr(), stored.shape[1], scale.data_ptr(), out.data_ptr())
+        return out
 
     def _pause(
         self,
@@ -192,18 +197,24 @@ class Recorder:
         return logits
 
     def linear(self, weight: Weight, x: Tensor) -> Tensor:
+        out = self._result(weight.shape[0])
+        self._note(Code.LINEAR, *self._product(weight, x), out.data_ptr(), out.stride(0) * 2)
+        return out
+
+    def _product(self, weight: Weight, x: Tensor) -> tuple[int, ...]:
+        stored, scale, shift = self._panels(weight)
+        count, pairs, _, _ = stored.shape
+        return (
+            x.data_ptr(), x.stride(0) * 2, stored.data_ptr(), pairs, count, scale.data_ptr(), shift.data_ptr(),
+        )  # fmt: skip
+
+    def _panels(self, weight: Weight) -> Panels:
         panels: Panels | None = getattr(weight, "panels", None)
         if panels is None:
-            raise NotRecordable(f"a linear layer held as {type(weight).__name__}")
+            raise NotRecordable(f"a weight held as {type(weight).__name__}")
         self.stored.add(panels.stored.dtype)
         self.kept.append(panels)
-        count, pairs, width, _ = panels.stored.shape
-        out = self._result(count * width)
-        self._note(
-            Code.LINEAR, x.data_ptr(), x.stride(0) * 2, panels.stored.data_ptr(), pairs, count,
-            panels.scale.data_ptr(), panels.shift.data_ptr(), out.data_ptr(), out.stride(0) * 2,
-        )  # fmt: skip
-        return out
+        return panels
 
     def lowrank_add(self, y: Tensor, x: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor:
         wanted = self.batch.logit_segments if self._kind is Field.LOGIT_ROWS else self.batch.token_segments
@@ -292,7 +303,10 @@ class Recorder:
         return out
 
     def logits(self, weight: Weight, x: Tensor) -> Tensor:
-        if not isinstance(weight, DenseWeight) or weight.weight.dtype != torch.bfloat16 or x.shape[1] % STEP:
+        if not isinstance(weight, DenseWeight):
+            self._note(Code.PANEL_LOGITS, *self._product(weight, x), 4 * weight.shape[0])
+            return torch.empty(0, weight.shape[0])
+        if weight.weight.dtype != torch.bfloat16 or x.shape[1] % STEP:
             raise NotRecordable(f"a head of {x.shape[1]} inputs held as {type(weight).__name__}")
         table = weight.weight
         self.kept.append(table)

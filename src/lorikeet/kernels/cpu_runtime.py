@@ -198,11 +198,13 @@ def size(typing_context: Any, tag: Any) -> Any:
 
 @intrinsic
 def widen(typing_context: Any, value: Any) -> Any:
-    """A stored element as float32: bfloat16 bits are the upper half of a float32's."""
+    """A stored element as float32: bfloat16 bits are the upper half of a float32's; int8 is a number."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if value == types.float32:
             return arguments[0]
+        if value == types.int8:
+            return builder.sitofp(arguments[0], ir.FloatType())
         bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         return builder.bitcast(bits, ir.FloatType())
 

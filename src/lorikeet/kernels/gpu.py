@@ -18,7 +18,7 @@ from lorikeet.kernels.gpu_overrides import adapt_embedding, adapt_logits
 from lorikeet.kernels.gpu_rows import add_rms_norm, rms_norm_heads, rope, rope_and_store, silu_mul, store
 from lorikeet.kernels.gpu_tables import tables_of
 from lorikeet.kernels.reference import Forward, ReferenceOps, Step
-from lorikeet.kernels.weight import DenseWeight, Weight
+from lorikeet.kernels.weight import DenseWeight, Table, Weight
 from lorikeet.types import Site, SiteGroup
 
 
@@ -46,7 +46,7 @@ class GpuOps(ReferenceOps):
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, table: Table, tokens: Tensor) -> Tensor:
         self._work = {}  # a forward pass begins: the batch's buffers may hold other lengths than in the last one
         return super().embed(table, tokens)
 

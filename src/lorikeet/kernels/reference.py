@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
-from lorikeet.kernels.weight import DenseWeight, Weight
+from lorikeet.kernels.weight import DenseWeight, Table, Weight
 from lorikeet.types import Site, SiteGroup
 
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ class ReferenceOps:
             logits = ReferenceOps.output_scale(self, logits, slab, group, segment)
         return logits
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, table: Table, tokens: Tensor) -> Tensor:
         """tokens [T] -> [T, hidden]."""
-        return F.embedding(tokens, table)
+        return table.rows(tokens)
 
     def take(self, table: Tensor, index: Tensor) -> Tensor:
         """Rows [N, d] of a table [R, d], or of a result, by index [N]."""

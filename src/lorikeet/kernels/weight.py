@@ -32,6 +32,14 @@ class Weight(Protocol):
         ...
 
 
+class Table(Weight, Protocol):
+    """A weight whose rows can be read one by one: the embedding, and the head that may be tied to it."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """W[index]: [N, d_in] for an index [N]."""
+        ...
+
+
 class Panels(NamedTuple):
     """W as our own product reads it (see `cpu_products`): [d_out / 32, d_in / 2, 32, 2] in bf16 or int8, and by output
     a scale (int8 only) and a shift, fp32 [d_out]."""
@@ -54,6 +62,9 @@ class DenseWeight:
 
     def linear(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(index, self.weight)
 
     def dequantised(self) -> Tensor:
         return self.weight
@@ -125,11 +136,15 @@ class PanelWeight:
         panels, pairs, outputs, _ = self.panels.stored.shape
         return (panels * outputs, pairs * 2)
 
-    def linear(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """As of every weight; with `dtype` float32 the result is not rounded."""
+    def linear(self, x: Tensor) -> Tensor:
         from lorikeet.kernels.cpu_products import panel_linear
 
-        return panel_linear(x, *self.panels, dtype)
+        return panel_linear(x, *self.panels, x.dtype)
+
+    def rows(self, index: Tensor) -> Tensor:
+        from lorikeet.kernels.cpu_products import panel_rows
+
+        return panel_rows(self.panels.stored, index)
 
     def dequantised(self) -> Tensor:
         from lorikeet.kernels.cpu_products import from_panels
@@ -168,6 +183,16 @@ class Int8Weight:
         y = torch._weight_int8pack_mm(x, self._plain.stored, self._plain.scale.to(x.dtype))
         return y if self.bias is None else y.add_(self.bias)
 
+    def rows(self, index: Tensor) -> Tensor:
+        stored, scale, _ = self._plain
+        if self.panels is not None:
+            from lorikeet.kernels.cpu_products import panel_rows
+
+            picked = panel_rows(stored, index)
+        else:
+            picked = stored[index]
+        return (picked.float() * scale[index, None]).to(self.dtype)
+
     def dequantised(self) -> Tensor:
         stored, scale, _ = self._plain
         if self.panels is not None:
@@ -182,11 +207,16 @@ class Int8Weight:
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Weight:
-    """The fastest form of a weight that is only ever multiplied; the caller drops `weight` to keep one copy.
-
-    A head tied to the embedding stays a `DenseWeight` over the same tensor, which the embedding needs plain.
-    """
+    """The fastest form of a weight that is only ever multiplied; the caller drops `weight` to keep one copy."""
     for kind in (PanelWeight, PackedWeight):
         if kind.available(weight):
             return kind(weight, bias)
     return DenseWeight(weight, bias)
+
+
+def pack_table(weight: Tensor, int8: bool = False) -> Table:
+    """The fastest form of a head, and of the embedding where that is the same: panels, whose logits are not rounded
+    and whose rows can be read, in bf16 or int8; a plain tensor where there can be no panels."""
+    if not PanelWeight.available(weight):
+        return DenseWeight(weight)
+    return Int8Weight(weight) if int8 else PanelWeight(weight)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
-from lorikeet.kernels.weight import Weight
+from lorikeet.kernels.weight import Table, Weight
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import Site, SiteGroup
 
@@ -26,7 +26,7 @@ class Ops(Protocol):
     def linear(self, weight: Weight, x: Tensor) -> Tensor: ...
     def logits(self, weight: Weight, x: Tensor) -> Tensor: ...
     def lowrank_add(self, y: Tensor, x: Tensor, adapters: Any, group: SiteGroup, segments: Segments) -> Tensor: ...
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor: ...
+    def embed(self, table: Table, tokens: Tensor) -> Tensor: ...
     def take(self, table: Tensor, index: Tensor) -> Tensor: ...
     def reduce(self, x: Tensor) -> Tensor: ...
     def gather(self, logits: Tensor, tokens: int) -> Tensor: ...
@@ -79,7 +79,7 @@ class LayerWeights:
 class DecoderWeights:
     """A base model in memory. `rope_cos` and `rope_sin` are [max_context, head_dim / 2] fp32."""
 
-    embed: Tensor
+    embed: Table
     layers: list[LayerWeights]
     norm: Tensor
     head: Weight
@@ -158,10 +158,10 @@ class _Adapted:
     def more(self) -> ServingOps:
         return cast("ServingOps", self.ops)
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
+    def embed(self, table: Table, tokens: Tensor) -> Tensor:
         if (segments := self.overriding) is None:
             return self.ops.embed(table, tokens)
-        x = self.ops.embed(table, tokens.clamp(max=len(table) - 1))  # those that an adapter adds are not in it
+        x = self.ops.embed(table, tokens.clamp(max=table.shape[0] - 1))  # those that an adapter adds are not in it
         return self.more.adapt_embedding(x, tokens, self.adapters, self.spec.site(None, "embed"), segments)
 
     def project(self, weight: Weight, x: Tensor, group: SiteGroup, partial: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorikeet.errors import ModelError
-from lorikeet.kernels.weight import DenseWeight, Weight
+from lorikeet.kernels.weight import DenseWeight, Table, Weight
 from lorikeet.model.decoder import DecoderWeights, LayerWeights
 from lorikeet.model.families import load_spec
 from lorikeet.model.names import EMBED, FINAL_NORM, HEAD, MODULES, NORMS, checkpoint_shapes, layer_module
@@ -19,9 +19,10 @@ from lorikeet.model.shard import WHOLE, Shard
 from lorikeet.model.sources import checkpoint_files
 from lorikeet.model.spec import ModelSpec
 
-__all__ = ["MakeWeight", "load", "load_spec", "rope_tables"]
+__all__ = ["MakeTable", "MakeWeight", "load", "load_spec", "rope_tables"]
 
 MakeWeight = Callable[[Tensor, Tensor | None], Weight]
+MakeTable = Callable[[Tensor], Table]
 _DTYPES = ("F32", "BF16", "F16", "F64")
 
 
@@ -32,24 +33,29 @@ def load(
     device: torch.device | str = "cpu",
     rank: int = 0,
     ranks: int = 1,
+    make_table: MakeTable = DenseWeight,
 ) -> tuple[ModelSpec, DecoderWeights]:
     """The checkpoint in `folder`, every tensor in `dtype` on `device`: of `ranks` processes' parts that of `rank`.
 
-    q/k/v and gate/up are joined into one `Weight` each while they are read, so that no weight is held twice. The head
-    stays plain: a tied one is the embedding itself, and unrounded logits read it as it lies. The spec is the whole
-    model's; `Shard.local` is what the weights are those of. Raises ModelError naming what is missing, misshapen,
-    unexpected or unreadable, and ConfigError for a model that does not divide into so many parts.
+    q/k/v and gate/up are joined into one `Weight` each while they are read, so that no weight is held twice. Nor is a
+    head that is tied to the embedding, unless each process has a part of it: both are what `make_table` makes. The spec
+    is the whole model's; `Shard.local` is what the weights are those of. Raises ModelError naming what is missing,
+    misshapen, unexpected or unreadable, and ConfigError for a model that does not divide into so many parts.
     """
     spec = load_spec(folder)
     shard = Shard(spec, rank, ranks)
     with torch.no_grad():
         source = _Checkpoint(folder, spec, dtype, torch.device(device))
-        embed = source.tensor(f"{EMBED}.weight")
+        table = source.tensor(f"{EMBED}.weight")
         layers = [_load_layer(source, shard, layer, make_weight) for layer in range(spec.num_layers)]
-        head = embed[shard.head] if spec.tie_embeddings else source.joined([f"{HEAD}.weight"], [shard.head])
+        if spec.tie_embeddings and ranks == 1:
+            embed = head = make_table(table)
+        else:
+            part = table[shard.head] if spec.tie_embeddings else source.joined([f"{HEAD}.weight"], [shard.head])
+            embed, head = DenseWeight(table), make_table(part)
         cos, sin = rope_tables(spec, dtype, device)
         norm = source.tensor(f"{FINAL_NORM}.weight")
-        return spec, DecoderWeights(embed, layers, norm, DenseWeight(head), cos, sin)
+        return spec, DecoderWeights(embed, layers, norm, head, cos, sin)
 
 
 def rope_tables(

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments
-from lorikeet.kernels.weight import Weight
+from lorikeet.kernels.weight import Table, Weight
 from lorikeet.train.attention import RowBuckets, packed_attention
 from lorikeet.train.losses import completion_loss
 from lorikeet.train.parameters import AdapterParameters, GroupPair
@@ -119,8 +118,8 @@ class TrainOps:
         assert segments is self.batch.logit_segments and self.batch.logit_rows is not None
         return self.places[self.batch.logit_rows]
 
-    def embed(self, table: Tensor, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, table)
+    def embed(self, table: Table, tokens: Tensor) -> Tensor:
+        return table.rows(tokens)
 
     def take(self, table: Tensor, index: Tensor) -> Tensor:
         return table[index]

@@ -88,10 +88,10 @@ class WorkingCopy:
                 down=DenseWeight(leaf(layer_name(i, "mlp.down_proj"))),
             )
 
-        embed = leaf(EMBED)
+        table = DenseWeight(leaf(EMBED))
         cos, sin = rope_tables(spec, device=device)
         layers = [layer(i) for i in range(spec.num_layers)]
-        self.weights = DecoderWeights(embed, layers, leaf(NORM), DenseWeight(embed), cos, sin)
+        self.weights = DecoderWeights(table, layers, leaf(NORM), table, cos, sin)
         self.refresh()
 
     @torch.no_grad()
