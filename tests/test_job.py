@@ -19,6 +19,7 @@ from lorikeet.job.evaluation import run_evaluation
 from lorikeet.job.orders import Orders, job_folder, log_path, read_orders
 from lorikeet.job.reporter import Reporter
 from lorikeet.job.training import TrainingRun
+from lorikeet.job.usage import Usage
 from lorikeet.registry.home import Home, open_home
 from lorikeet.registry.records import Actor, Job, JobRequest, Lease
 
@@ -145,6 +146,28 @@ def test_told_to_leave(home: Home, model: str) -> None:
     assert (found.state, found.attempts) == ("queued", 0) and max(losses(home, job)) == 4
     run(home, model)
     assert job_of(home, job).state == "completed" and sorted(losses(home, job)) == list(range(1, 13))
+
+
+def test_core_seconds_are_those_of_all_attempts(home: Home, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock finds one more second; jobs that run together have each second once."""
+
+    def ticking(jobs: Any) -> Usage:
+        ticks = iter(range(1, 1000))
+        return Usage(jobs, lambda: float(next(ticks)))
+
+    monkeypatch.setattr(training, "Usage", ticking)
+    job = submit(home)
+    run(home, model, iter([False] * 4 + [True]).__next__)
+    started, prepared, loaded, steps, published = 1, 1, 1, 12, 1
+    assert (job_of(home, job).progress or {})["core_seconds"] == started + prepared + loaded + 4
+    run(home, model)
+    found = job_of(home, job).result or {}
+    assert found["core_seconds"] == 2 * (started + prepared + loaded) + steps + published
+    assert (home.catalog.versions.get(WHO, "r", 1).metrics or {})["core_seconds"] == found["core_seconds"]
+    pair = [submit(home, epochs=1), submit(home, epochs=1)]
+    run(home, model)
+    both = sum((job_of(home, one).result or {})["core_seconds"] for one in pair)
+    assert both == started + 2 * prepared + loaded + 4 + 2 * published
 
 
 def test_no_checkpoint_is_ahead_of_what_was_said(home: Home, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,6 +337,11 @@ def test_nothing_starts_while_the_audit_has_errors(open_page: Open, stub: tuple[
     assert job["recipe"]["prompt"] == "Say: {text}" and job["recipe"]["rank"] == 8
 
 
+def test_a_run_says_what_it_costs_so_far(open_page: Open, stub_urls: Urls) -> None:
+    page = open_page(f"{stub_urls('plain')}/#/runs/job0")
+    expect(page.locator("dl.facts div").filter(has_text="Core-seconds")).to_contain_text("61")
+
+
 def test_the_leaderboard_says_what_is_better_beyond_chance(open_page: Open, stub_urls: Urls) -> None:
     page = open_page(f"{stub_urls('plain')}/#/leaderboard")
     page.get_by_label("Everything").check()

@@ -48,7 +48,8 @@ Generate = Callable[[Sequence[Job]], list[Answer]]
 class Result(msgspec.Struct, kw_only=True):
     """One line of the results file (formats.md); scores and intervals 0 to 1.
 
-    `core_seconds` are what training cost: the adapter's share of the wall time, times the cores that were held.
+    `core_seconds` are what training cost: of a job the CPU time it used; else the adapter's share of the wall time,
+    times the cores of the machine.
     """
 
     task: str

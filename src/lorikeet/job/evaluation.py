@@ -18,6 +18,7 @@ from lorikeet.errors import ConfigError, LorikeetError
 from lorikeet.evals.harness import Result, judge, prepare
 from lorikeet.job.orders import job_folder
 from lorikeet.job.reporter import Reporter, told
+from lorikeet.job.usage import FIELD, Usage
 from lorikeet.judge import through_engine
 from lorikeet.registry.home import Home
 from lorikeet.registry.records import Actor, Dataset, Version
@@ -36,9 +37,11 @@ def run_evaluation(home: Home, model: str, reporter: Reporter, asked_to_leave: C
     """Judge, store the results with their intervals, and end the job, whatever happens."""
     folder = job_folder(home.folder, reporter.job.id) / "adapters"
     data: list[Path] = []
+    usage = Usage([reporter.job])
     try:
-        results = _judge(home, model, reporter, asked_to_leave, folder, data)
-        reporter.finish(None, {"results": results})
+        results = _judge(home, model, reporter, asked_to_leave, folder, data, usage)
+        usage.share({reporter.job.id: 1.0})
+        reporter.finish(None, {"results": results, FIELD: usage.of(reporter.job.id)})
     except LeavingError:
         if reporter.stopping:
             reporter.stopped("stopped while it judged")
@@ -53,7 +56,13 @@ def run_evaluation(home: Home, model: str, reporter: Reporter, asked_to_leave: C
 
 
 def _judge(
-    home: Home, model: str, reporter: Reporter, asked_to_leave: Callable[[], bool], folder: Path, data: list[Path]
+    home: Home,
+    model: str,
+    reporter: Reporter,
+    asked_to_leave: Callable[[], bool],
+    folder: Path,
+    data: list[Path],
+    usage: Usage,
 ) -> list[dict[str, Any]]:
     job = reporter.job
     who = Actor(tenant=job.tenant_id, name=f"job:{job.id}")
@@ -78,7 +87,8 @@ def _judge(
     def on_done(count: int) -> None:
         nonlocal done
         done += count
-        reporter.note([], {"done": done, "total": total})
+        usage.share({job.id: 1.0})
+        reporter.note([], {"done": done, "total": total, FIELD: usage.of(job.id)})
         if reporter.stopping or reporter.over or asked_to_leave():
             raise LeavingError
 

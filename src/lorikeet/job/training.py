@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from lorikeet.config import JobRecipe, job_adapter
 from lorikeet.errors import ConfigError, LorikeetError
 from lorikeet.job.orders import job_folder
 from lorikeet.job.reporter import Reporter, told
+from lorikeet.job.usage import Usage
 from lorikeet.kernels.precision import choose_dtype
 from lorikeet.model.sources import find_model, identify
 from lorikeet.model.tokenizer import Tokenizer
@@ -40,7 +40,8 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(slots=True)
 class Member:
-    """A job of the run. `joined` counts the jobs it was started with, itself among them."""
+    """A job of the run. `joined` counts the jobs it was started with, itself among them; `seconds` are those of its
+    steps that `Usage` knows."""
 
     reporter: Reporter
     recipe: JobRecipe
@@ -50,6 +51,7 @@ class Member:
     joined: int = 1
     began: float = 0.0
     tokens_before: int = 0
+    seconds: float = 0.0
 
     @property
     def job(self) -> Job:
@@ -69,6 +71,7 @@ class TrainingRun:
         self._reporters = reporters
         self._folder = find_model(model)
         self._base = identify(self._folder, None if Path(model).expanduser().is_dir() else model)
+        self._usage = Usage(one.job for one in reporters)
 
     def run(self, asked_to_leave: Callable[[], bool]) -> None:
         """Until every job has ended, or the process is asked to leave: then all go back to the queue."""
@@ -83,6 +86,7 @@ class TrainingRun:
             member.joined = len(members)
             trainer.add(member.trainee.run)
             self._announce(member)
+        self._usage.share({member.job.id: 1.0 for member in members})
         self._train(trainer, members, asked_to_leave)
 
     # --- before -----------------------------------------------------------------------------------------------------
@@ -92,6 +96,7 @@ class TrainingRun:
         tokenizer, spec = Tokenizer(self._folder), load_spec(self._folder)
         dtype = choose_dtype("auto")
         members = []
+        self._usage.share({reporter.job.id: 1.0 for reporter in self._reporters})
         for reporter in self._reporters:
             job = reporter.job
             reporter.stage("preparing", "reading and checking the data")
@@ -119,6 +124,7 @@ class TrainingRun:
                 if not isinstance(error, LorikeetError):
                     log.exception("job %s could not be prepared", job.id)
                 reporter.fail(told(error, [] if data is None else [data]))
+            self._usage.share({job.id: 1.0})
         return members
 
     def _origin(self, who: Actor, job: Job) -> Path | None:
@@ -136,7 +142,7 @@ class TrainingRun:
 
     def _announce(self, member: Member) -> None:
         run = member.trainee.run
-        member.began, member.tokens_before = time.time(), run.progress.tokens
+        member.began, member.tokens_before, member.seconds = time.time(), run.progress.tokens, run.progress.seconds
         beside = member.joined - 1
         beside_said = "" if not beside else f", in one run with {beside} other job" + ("s" if beside > 1 else "")
         member.reporter.stage(
@@ -162,6 +168,7 @@ class TrainingRun:
                     member.reporter.release("the server stops; training goes on from here when it is back")
                 return
             results = trainer.step()
+            self._share_step(active)
             for member in active:
                 self._note(member, results[member.trainee.run.name])
                 if member.trainee.run.finished:
@@ -173,6 +180,14 @@ class TrainingRun:
                     if not member.trainee.run.finished:
                         self._save(member)
                 saved = time.monotonic()
+
+    def _share_step(self, members: Sequence[Member]) -> None:
+        """A joint step's CPU time, by the shares of its wall time."""
+        weights = {}
+        for member in members:
+            seconds = member.trainee.run.progress.seconds
+            weights[member.job.id], member.seconds = seconds - member.seconds, seconds
+        self._usage.share(weights)
 
     def _save(self, member: Member) -> None:
         """The checkpoint. What was said of the steps before it goes to the catalog first: they are not taken again."""
@@ -202,7 +217,8 @@ class TrainingRun:
         progress = {
             "step": p.step, "steps": run.total_steps, "steps_per_epoch": run.steps_per_epoch,
             "epoch": p.step / run.steps_per_epoch, "loss": p.loss, "validation_loss": p.validation_loss,
-            "tokens": p.tokens, "seconds": round(p.seconds, 3), "tokens_per_second": round(speed, 1),
+            "tokens": p.tokens, "seconds": round(p.seconds, 3), "core_seconds": self._usage.of(member.job.id),
+            "tokens_per_second": round(speed, 1),
             "seconds_left": round((run.total_steps - p.step) * per_step / speed, 1) if speed else None,
         }  # fmt: skip
         member.reporter.note(metrics_lines(member.job.id, run, result), progress)
@@ -264,10 +280,11 @@ class TrainingRun:
         trainee, folder = member.trainee, member.folder / "adapter"
         member.reporter.stage("publishing", "writing the version")
         trainee.run.final_weights()
-        digest = trainee.write(folder)
+        content = self.home.read_adapter(folder, digest=trainee.write(folder))
         p = trainee.run.progress
+        self._usage.share({member.job.id: 1.0})
         return msgspec.structs.replace(
-            self.home.read_adapter(folder, digest=digest),
+            content,
             recipe=msgspec.to_builtins(member.trainee.recipe) | {"dataset": member.dataset.name},
             recipe_sha256=trainee.recipe_sha256,
             dataset_id=member.dataset.id,
@@ -275,7 +292,7 @@ class TrainingRun:
             metrics={
                 "steps": p.step, "tokens": p.tokens, "loss": p.loss, "validation_loss": p.validation_loss,
                 "best_validation_loss": p.best_loss, "best_step": p.best_step or None, "stopped": p.stopped,
-                "train_seconds": round(p.seconds, 3), "core_seconds": round(p.seconds * torch.get_num_threads(), 3),
+                "train_seconds": round(p.seconds, 3), "core_seconds": self._usage.of(member.job.id),
                 "rank": trainee.run.settings.rank,
             },
         )  # fmt: skip

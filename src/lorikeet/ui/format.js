@@ -48,6 +48,11 @@ export function duration(seconds) {
   return `${Math.floor(whole / 3600)} h ${two(Math.floor((whole % 3600) / 60))} m`;
 }
 
+/** CPU time, in seconds of one core. */
+export function coreSeconds(seconds) {
+  return seconds > 0 && seconds < 10 ? seconds.toFixed(1) : count(seconds);
+}
+
 /** A moment, in seconds since the epoch, as the reader's local time. */
 export function moment(seconds) {
   if (missing(seconds) || !seconds) return NONE;

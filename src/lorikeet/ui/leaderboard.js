@@ -1,12 +1,11 @@
 // Every task with what was judged on it: the base, the adapters, the classical baseline; intervals and cost.
 
 import { useGet } from "./api.js";
-import { bytes, count, duration, percent } from "./format.js";
+import { bytes, coreSeconds, count, duration, percent } from "./format.js";
 import { html, useState } from "./html.js";
 import { Choice, Demo, Empty, Interval, Problem, Table, Waiting } from "./parts.js";
 
 const milliseconds = (value) => duration(value === undefined || value === null ? null : value / 1000);
-const cost = (seconds) => (seconds > 0 && seconds < 10 ? seconds.toFixed(1) : count(seconds));
 const intervalText = ({ ci }) => (ci ? `${percent(ci[0])} to ${percent(ci[1])}` : "–");
 
 function rowsOf(task) {
@@ -31,7 +30,7 @@ const COLUMNS = (task) => [
   { title: "0 to 100%", cell: (row) => html`<${Interval} score=${row.score} low=${row.ci?.[0]} high=${row.ci?.[1]} muted=${!row.adapter} />` },
   { title: "Against the base", cell: (row) => html`<${Verdict} row=${row} task=${task} />` },
   { title: "Training", number: true, cell: (row) => duration(row.train_seconds) },
-  { title: "Core-seconds", number: true, cell: (row) => cost(row.core_seconds) },
+  { title: "Core-seconds", number: true, cell: (row) => coreSeconds(row.core_seconds) },
   { title: "Size", number: true, cell: (row) => bytes(row.adapter_bytes) },
   { title: "Latency p50", number: true, cell: (row) => milliseconds(row.p50_ms) },
   { title: "p95", number: true, cell: (row) => milliseconds(row.p95_ms) },
@@ -49,7 +48,7 @@ function Overview({ tasks }) {
     { title: "95% interval", number: true, cell: (task) => (best(task) ? intervalText(best(task)) : "–") },
     { title: "0 to 100%", cell: (task) => html`<${Interval} score=${best(task)?.score} low=${best(task)?.ci?.[0]} high=${best(task)?.ci?.[1]} />` },
     { title: "Which", cell: (task) => best(task)?.name ?? "–" },
-    { title: "Core-seconds", number: true, cell: (task) => cost(best(task)?.core_seconds) },
+    { title: "Core-seconds", number: true, cell: (task) => coreSeconds(best(task)?.core_seconds) },
     { title: "Latency p50", number: true, cell: (task) => milliseconds(best(task)?.p50_ms) },
   ]} />`;
 }
@@ -70,7 +69,7 @@ export function Leaderboard() {
         <${Demo} />
       <//>` : null}
     ${tasks.length && view === "all" ? html`<${Overview} tasks=${tasks} />` : null}
-    ${tasks.length ? html`<p class="hint">95% intervals: percentile bootstrap over the test rows. Core-seconds: what training held, wall time times cores. Latency: from question to last token while it was judged, with 32 questions under way.</p>` : null}
+    ${tasks.length ? html`<p class="hint">95% intervals: percentile bootstrap over the test rows. Core-seconds: the CPU time that training used, of all its attempts. Latency: from question to last token while it was judged, with 32 questions under way.</p>` : null}
     ${tasks.length && view === "tasks" ? tasks.map((task) => html`
       <section class="stack" key=${task.task} aria-label=${task.task}>
         <h2>${task.task} <span class="muted">${task.metric}, ${count(task.n)} rows</span></h2>

@@ -3,7 +3,7 @@
 import { call, path, useAction } from "./api.js";
 import { Chart } from "./chart.js";
 import { isOver, turningPoint, useJob } from "./curves.js";
-import { bytes, count, duration, fixed, moment, number, percent, value } from "./format.js";
+import { bytes, coreSeconds, count, duration, fixed, moment, number, percent, value } from "./format.js";
 import { html, useLayoutEffect, useRef, useState } from "./html.js";
 import { Confirm, Facts, Interval, Problem, State, Table, Waiting } from "./parts.js";
 import { CurveControls, FIRST_VIEW, Progress, nameOf, secondsOf, seriesOf } from "./runs.js";
@@ -35,6 +35,7 @@ function Cost({ job, lines }) {
     <${Facts} items=${[
       ["Wall time", duration(seconds)],
       job.kind === "train" && ["Training", html`${duration(share)}${result.joined > 1 ? html` <span class="muted">its share of a joint run of ${result.joined}</span>` : null}`],
+      ["Core-seconds", coreSeconds(result.core_seconds ?? job.progress?.core_seconds)],
       ["Waited", duration(job.started ? job.started - job.created : null)],
       job.kind === "train" && ["Steps", `${count(last.step ?? result.steps)}${job.progress?.steps ? ` of ${count(job.progress.steps)}` : ""}`],
       job.kind === "train" && ["Tokens", count(tokens)],
