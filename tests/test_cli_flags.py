@@ -38,6 +38,7 @@ ENGINE = {
     "device": "cpu",
     "dtype": "float32",
     "quantize": "int8",
+    "kv_cache_dtype": "fp8",
     "tensor_parallel": 2,
     "threads": 3,
     "max_seqs": 5,

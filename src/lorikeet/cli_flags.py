@@ -86,6 +86,13 @@ class StepFlags:
             rich_help_panel=ENGINE,
         ),
     ] = "none"
+    kv_cache_dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto (as --dtype) | fp8 (on a GPU): keys and values in half the bytes of bf16.",
+            rich_help_panel=ENGINE,
+        ),
+    ] = "auto"
     threads: Annotated[
         int | None,
         typer.Option(help="CPU threads of the engine; default: all cores.", min=1, rich_help_panel=ENGINE),
@@ -290,6 +297,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16"),
     "quantize": ("none", "int8", "int4", "nf4", "fp8"),
+    "kv_cache_dtype": ("auto", "fp8"),
     "adapter_dtype": ("auto", "float32", "bfloat16"),
 }
 SIZES = ("kv_memory", "adapter_memory", "adapter_host_memory", "adapter_disk")

@@ -320,6 +320,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     adapter_host_memory: int | None = None  # pinned, behind a GPU; refused on a CPU: there is no second tier of memory
     adapter_disk: int | None = None
     kv_memory: int | None = None
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"  # auto: as dtype; fp8, on a GPU: two tokens for one in bf16
     block_size: int = 16
     max_seqs: int = 64
     max_context: int | None = None  # None: the model's

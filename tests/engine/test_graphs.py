@@ -13,38 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.host_graphs import HostSegments, again
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
 from lorikeet.kernels.gpu_graphs import RANKS, DecodeGraphs, StaticBatch
 from lorikeet.kernels.reference import Forward, ReferenceOps
 
 Tensor = torch.Tensor
-
-
-class HostSegments:
-    """What `DeviceSegments` is for kernels that read lists."""
-
-    def __init__(self, slab: Slab, rows: int, max_rank: int) -> None:
-        self._held = Segments(torch.zeros(rows, dtype=torch.int64), [0], [], False)
-
-    def segments(self) -> Segments:
-        return self._held
-
-    def fill(self, segments: Segments | None) -> None:
-        held = self._held
-        held.start[:], held.adapter[:] = ([0], []) if segments is None else (segments.start, segments.adapter)
-        if segments is not None:
-            held.rows[: len(segments.rows)] = segments.rows
-
-
-def again(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """A replay is the step itself, its result where it was at first."""
-    logits = step().clone()
-
-    def replay() -> None:
-        logits.copy_(step())
-
-    return replay, logits
 
 
 class GraphedOps(ReferenceOps):

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from lorikeet.config import EngineConfig
 from lorikeet.engine import sizing
 from lorikeet.engine.engine import Engine
-from lorikeet.engine.sizing import choose_device, choose_sizes, choose_weights
+from lorikeet.engine.sizing import choose_cache_dtype, choose_device, choose_sizes, choose_weights
 from lorikeet.errors import ConfigError
 from lorikeet.kernels.gpu_weight import Fp8Weight, GpuInt4Weight, GpuInt8Weight, Nf4Weight
 from lorikeet.kernels.int4_weight import Int4Weight, WhereItFits
@@ -161,6 +161,23 @@ def test_many_rows_need_room_for_a_dequantised_weight(world: Any, ten_gib: None)
     )
     largest = 2 * max(group.d_in * group.d_out for group in world.spec.groups[0].values())
     assert 0 <= plain.slab_bytes - int4.slab_bytes - largest // 2 <= 64  # adapters take half of what is left
+
+
+def test_an_fp8_cache_holds_twice_as_much(world: Any, ten_gib: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(kv_memory=GIB, kv_cache_dtype="fp8")
+    assert choose_cache_dtype(config, torch.bfloat16, "cuda") == torch.float8_e4m3fn
+    assert choose_cache_dtype(EngineConfig(), torch.bfloat16, "cuda") == torch.bfloat16
+    full = choose_sizes(replace(config, kv_cache_dtype="auto"), world.spec, torch.bfloat16, "cuda")
+    small = choose_sizes(config, world.spec, torch.bfloat16, "cuda")
+    assert (small.blocks, small.kv_bytes, small.dtype) == (2 * full.blocks, full.kv_bytes, torch.bfloat16)
+    wanted = choose_sizes(EngineConfig(kv_cache_dtype="fp8"), world.spec, torch.bfloat16, "cuda")
+    assert wanted.kv_bytes == 64 * 256 * 64, "what all sequences need takes half the bytes"
+    with pytest.raises(ConfigError, match="kv_cache_dtype: an fp8 cache needs a GPU .* here is a CPU") as caught:
+        Engine.build(EngineConfig(device="cpu", kv_cache_dtype="fp8"))
+    assert caught.value.param == "kv_cache_dtype"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match="kv_cache_dtype: .* 8.9 or more, and the one here has 8.6"):
+        choose_sizes(config, world.spec, torch.bfloat16, "cuda")
 
 
 def test_free_memory_is_known() -> None:

@@ -36,7 +36,7 @@ from lorikeet.engine.request import (
 from lorikeet.engine.residency import Place, Residency
 from lorikeet.engine.runner import Launched, Runner
 from lorikeet.engine.scheduler import Scheduler
-from lorikeet.engine.sizing import Sizes, choose_device, choose_sizes, choose_table, choose_weights
+from lorikeet.engine.sizing import Sizes, choose_cache_dtype, choose_device, choose_sizes, choose_table, choose_weights
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.engine.transfer import Transfer
 from lorikeet.errors import AdapterInUseError, AdapterLostError, InvalidRequestError
@@ -115,6 +115,7 @@ class Engine:
         folder = sources.find_model(config.model)
         local = Shard(model_weights.load_spec(folder), 0, ranks).local
         make_weight, make_table = choose_weights(config, dtype, device), choose_table(config, device)
+        choose_cache_dtype(config, dtype, device)  # what is refused is refused before anything is loaded
         with ExitStack() as undo:
             followers = None if ranks == 1 else undo.enter_context(closing(Followers(config, on_lost)))
             spec, weights = model_weights.load(folder, dtype, make_weight, device, 0, ranks, make_table)
@@ -280,6 +281,7 @@ def make_runner(
         step_tokens=config.step_tokens,
         dtype=sizes.dtype,
         device=sizes.device,
+        fp8_cache=config.kv_cache_dtype == "fp8",
     )
 
 

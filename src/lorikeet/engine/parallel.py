@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
@@ -218,13 +218,14 @@ class Followers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """What runs inside needs all ranks: an error that comes of a lost one is told as that. After any other, an
-        interrupt too, the ranks are not at the same place any more, and nothing can follow."""
+        """What runs inside needs all ranks: an error that comes of a lost one is told as that, unless it says what is
+        wrong by itself. After any, an interrupt too, the ranks are not at the same place any more, and nothing can
+        follow."""
         try:
             self.check()
             yield
         except BaseException as error:
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, LorikeetError):
                 self._fate.noticed.wait(NOTICE)
                 self.check()
             self._fate.lost = self._fate.lost or (
@@ -255,8 +256,7 @@ def _watch(fate: _Fate, followers: list[_Follower], on_lost: Callable[[], None] 
     log.error(fate.lost)
     fate.noticed.set()
     if fate.ranks is not None:
-        with suppress(RuntimeError):
-            fate.ranks.abort()
+        fate.ranks.abort()  # a step that waits for that rank, kernels of a graph too, ends
     if on_lost is not None:
         time.sleep(GRACE)
         if not fate.closing:
@@ -283,7 +283,8 @@ class LeadingRunner(Runner):
     """The runner of rank 0: each step is the followers' too."""
 
     def __init__(self, followers: Followers, ranks: Ranks, *args: Any, **sizes: Any) -> None:
-        super().__init__(*args, **sizes)
+        with followers.watched():  # ranks may meet already: to calibrate a cache
+            super().__init__(*args, **sizes)
         self._followers, self._ranks = followers, ranks
         self._keeps_sampled = True
 

@@ -25,6 +25,7 @@ from lorikeet.engine.slab import AdapterSlab
 from lorikeet.engine.staging import Fetched, staging
 from lorikeet.errors import LorikeetError
 from lorikeet.kernels.batch import Batch, LayerCache, Segments
+from lorikeet.model.cache_scales import FP8, find_scales
 from lorikeet.model.decoder import DecoderWeights, ServingOps, forward
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import AdapterInfo, ScheduledSequence, TokenLogprob
@@ -73,7 +74,10 @@ class Launched:
 
 
 class Runner:
-    """Holds the key-value cache, the slab and the slots; `blocks` blocks of `block_size` tokens."""
+    """Holds the key-value cache, the slab and the slots; `blocks` blocks of `block_size` tokens.
+
+    Where several processes hold the model, all must be made together: for an fp8 cache the model is run.
+    """
 
     def __init__(
         self,
@@ -89,13 +93,14 @@ class Runner:
         step_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        fp8_cache: bool = False,
     ) -> None:
         self.slab, self.block_size, self.device = slab, block_size, torch.device(device)
         shape = (blocks + ops.spare_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        self.cache = [
-            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(spec.num_layers)
-        ]
+        scales: Sequence[tuple[Tensor, Tensor] | None] = [None] * spec.num_layers
+        if fp8_cache:
+            scales = find_scales(spec, weights, ops, step_tokens, device)
+        self.cache = [_layer_cache(shape, dtype, self.device, one) for one in scales]
         self._vocab_size, self._step_tokens = spec.vocab_size, step_tokens
         self._forward = ops.prepare(partial(forward, spec, weights), slab.slab, self.cache, step_tokens)
         self._tokens = np.zeros((max_seqs, max_context + 1), np.int64)
@@ -386,6 +391,14 @@ class Runner:
         tensor = self._staging.put(array)
         self._staging.flush()
         return tensor
+
+
+def _layer_cache(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, scales: tuple[Tensor, Tensor] | None
+) -> LayerCache:
+    """In `dtype`, or with scales in fp8."""
+    k, v = (torch.empty(shape, dtype=dtype if scales is None else FP8, device=device) for _ in range(2))
+    return LayerCache(k, v, *(() if scales is None else (scale.to(device) for scale in scales)))
 
 
 def _note_logprobs(slots: Array, scores: list[TokenLogprob], outcome: Outcome) -> None:

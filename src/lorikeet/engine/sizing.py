@@ -19,6 +19,7 @@ from lorikeet.errors import ConfigError
 from lorikeet.kernels.int4_weight import Int4Weight, WhereItFits
 from lorikeet.kernels.precision import DTYPES
 from lorikeet.kernels.weight import DenseWeight, Int8Weight, Table, Weight, pack, pack_table
+from lorikeet.model.cache_scales import FP8
 from lorikeet.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,25 @@ def _refused(message: str, hint: str) -> ConfigError:
     return ConfigError(f"quantize: {message}", hint=hint, param="quantize")
 
 
+def choose_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: str = "cpu") -> torch.dtype:
+    """What keys and values are held in. Raises ConfigError for what this device does not read."""
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    found = "the device here is a CPU"
+    if device != "cpu":
+        from lorikeet.kernels.gpu_weight import CAPABILITY
+
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= CAPABILITY:
+            return FP8
+        found = "the one here has {}.{}".format(*capability)
+    raise ConfigError(
+        f"kv_cache_dtype: an fp8 cache needs a GPU of compute capability 8.9 or more, and {found}",
+        hint="leave --kv-cache-dtype out, or set it to auto",
+        param="kv_cache_dtype",
+    )
+
+
 def available_memory() -> int:
     """Bytes this process may still take: what the machine has free, within the limit of its control group."""
     free = int(psutil.virtual_memory().available)
@@ -137,7 +157,8 @@ def choose_sizes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, devi
     _check_counts(config, spec)
     max_context = config.max_context or spec.max_context
     adapter_dtype = dtype if config.adapter_dtype == "auto" else DTYPES[config.adapter_dtype]
-    block_bytes = 2 * spec.num_layers * config.block_size * spec.kv_size * dtype.itemsize
+    number = choose_cache_dtype(config, dtype, device).itemsize
+    block_bytes = 2 * spec.num_layers * config.block_size * spec.kv_size * number
     logit_rows = max(2 * config.max_seqs, _LOGIT_BYTES // (4 * spec.vocab_size))
     wanted = config.max_seqs * -(-max_context // config.block_size) * block_bytes
     if device == "cpu":

@@ -42,7 +42,10 @@ class GpuOps(ReferenceOps):
         if not slab.data.is_cuda:
             return one_by_one
         self._ahead = True
-        return DecodeGraphs(one_by_one, slab, cache, rows, CudaCapture())
+        capture = CudaCapture()
+        if self.ranks is not None:
+            self.ranks.before_leaving(capture.destroy)
+        return DecodeGraphs(one_by_one, slab, cache, rows, capture)
 
     # --- rows ------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,12 @@
 A graph is captured once for each padded number of sequences and serves any mix of adapters: what differs between steps
 lies in buffers that it reads anew (`StaticBatch`, `gpu_tables.DeviceSegments`). Prompts, mixed steps, and adapters that
 put something in place of a part of the base run kernel by kernel.
+
+Where several processes hold the model, their sums are part of the graphs. Then all ranks must capture the same graphs
+in the same steps and replay them together (NVIDIA, "Using NCCL with CUDA Graphs"). They do without a word, because
+`DecodeGraphs.kind` depends on nothing but what all of them have in common: plans, in the order in which the leader made
+them, and the headers of the adapters that a plan's sequences use. Those are in every rank's slab by then: an adapter
+counts as resident once all ranks have said that they have it.
 """
 
 from __future__ import annotations
@@ -175,6 +181,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool: Any = None  # what torch calls it differs from version to version
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Run `step` twice, so that its kernels are compiled and libraries have what they need, then capture it."""
@@ -185,8 +192,15 @@ class CudaCapture:
                 step()
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # Another thread may read adapters into memory that is pinned already: nothing that a capture forbids.
+        # Other threads may read adapters into memory that is pinned already, or ask whether sums are done (NCCL's
+        # watchdog): nothing that a capture forbids. It begins when the device is done, sums of all ranks included.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = step()
         self._pool = graph.pool()
+        self._graphs.append(graph)
         return graph.replay, logits
+
+    def destroy(self) -> None:
+        """Destroy all graphs that were captured, whoever still holds them: a replay after this raises."""
+        while self._graphs:
+            self._graphs.pop().reset()

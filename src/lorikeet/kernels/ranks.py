@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,14 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 JOIN = timedelta(minutes=10)  # that a rank waits for the slowest one, which may still be compiling kernels
+LEAVE = 10.0  # seconds that taking the group apart may last
 
 
 class Ranks:
     """Rank `rank` of `count`, all on this machine; returns when all have come to `meeting`, a path that nobody else
     can read and that does not exist before. On GPUs over NCCL, each rank on its own, else over gloo.
 
-    Every rank makes the same calls in the same order. Raises RuntimeError where another one is gone.
+    Every rank makes the same calls in the same order. Raises RuntimeError where another one is gone. On GPUs calls may
+    be captured into CUDA graphs: by all ranks at the same places, and all replay the graphs of one capture together.
+    Whoever captures says with `before_leaving` how its graphs are destroyed.
     """
 
     def __init__(self, rank: int, count: int, meeting: Path, device: torch.device | str = "cpu") -> None:
@@ -36,6 +44,9 @@ class Ranks:
             device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
         )
         self._widens = not on_gpu
+        self._destroys: list[Callable[[], None]] = []
+        self._aborting: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def sum(self, x: Tensor) -> Tensor:
         """x of all ranks, added up; the memory of x may be used for it. On a CPU bf16 is added in fp32."""
@@ -61,13 +72,35 @@ class Ranks:
         """Put what rank 0 has in x into x on every rank."""
         dist.broadcast(x, 0)
 
+    def before_leaving(self, destroy: Callable[[], None]) -> None:
+        """Call `destroy` when the group is taken apart. NCCL gives up no communicator before the last graph that it was
+        captured in is destroyed, and waits for that."""
+        self._destroys.append(destroy)
+
     def abort(self) -> None:
-        """Give up what is under way, from any thread: whoever waits for a rank that is gone gets an error."""
-        if dist.is_initialized() and dist.group.WORLD is not None:
-            dist.group.WORLD.abort()
+        """Give up what is under way, from any thread: whoever waits for a rank that is gone gets an error, or what was
+        never computed. Returns at once; the rest goes on beside, until there are no graphs any more."""
+        with self._lock:
+            if self._aborting is None and dist.is_initialized() and (group := dist.group.WORLD) is not None:
+                self._aborting = threading.Thread(target=_abort, args=(group,), name="abort of ranks", daemon=True)
+                self._aborting.start()
 
     def leave(self) -> None:
-        """The others may be gone already."""
-        self.abort()
+        """The others may be gone already, in the middle of a graph too."""
+        self.abort()  # before graphs are destroyed: one that waits for a rank that is gone would not end
+        while self._destroys:
+            self._destroys.pop()()
+        if self._aborting is not None:
+            self._aborting.join(LEAVE)
+            if self._aborting.is_alive():
+                log.warning("the ranks' communicator is still busy after %g s and is left to the process's end", LEAVE)
+                return
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _abort(group: dist.ProcessGroup) -> None:
+    try:
+        group.abort()
+    except RuntimeError as error:  # of operations that are given up
+        log.debug("the ranks' group was aborted: %s", error)

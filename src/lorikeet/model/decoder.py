@@ -77,7 +77,8 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class DecoderWeights:
-    """A base model in memory. `rope_cos` and `rope_sin` are [max_context, head_dim / 2] fp32."""
+    """A base model in memory. `rope_cos` and `rope_sin` are [max_context, head_dim / 2] fp32, `cache_scales` what the
+    checkpoint says of an fp8 key-value cache (`model.cache_scales`); None: nothing."""
 
     embed: Table
     layers: list[LayerWeights]
@@ -85,6 +86,7 @@ class DecoderWeights:
     head: Weight
     rope_cos: Tensor
     rope_sin: Tensor
+    cache_scales: list[tuple[Tensor, Tensor]] | None = None
 
 
 def forward(
