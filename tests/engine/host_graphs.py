@@ -52,12 +52,15 @@ class LoggedOps(ReferenceOps):
 
     def prepare(self, forward: Forward, slab: Slab, cache: Sequence[LayerCache], rows: int) -> Any:
         path = Path(os.environ[LOGS], f"rank-{0 if self.ranks is None else self.ranks.rank}")
-        log = path.open("a", buffering=1)
         scales = [(layer.k_scale.tolist(), layer.v_scale.tolist()) for layer in cache if layer.k_scale is not None]
         path.with_suffix(".scales").write_text(repr(scales))
 
+        def log(said: object) -> None:
+            with path.open("a") as file:
+                file.write(f"{said}\n")
+
         def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-            log.write("capture\n")
+            log("capture")
             step()
             step()
             return again(step)
@@ -65,7 +68,7 @@ class LoggedOps(ReferenceOps):
         graphs = DecodeGraphs(super().prepare(forward, slab, cache, rows), slab, cache, rows, capture, HostSegments)
 
         def run(batch: Batch) -> Tensor:
-            log.write(f"{graphs.kind(batch)}\n")
+            log(graphs.kind(batch))
             return graphs(batch)
 
         return run

@@ -6,7 +6,9 @@ What is left to a device is to capture them: here a replay is the step itself.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from tests.engine.host_graphs import HostSegments, again
 
 from lorikeet.kernels.batch import Batch, LayerCache, Segments, Slab
-from lorikeet.kernels.gpu_graphs import RANKS, DecodeGraphs, StaticBatch
+from lorikeet.kernels.gpu_graphs import RANKS, CudaCapture, DecodeGraphs, StaticBatch
 from lorikeet.kernels.reference import Forward, ReferenceOps
 
 Tensor = torch.Tensor
@@ -174,3 +176,73 @@ def test_the_kernels_of_a_gpu_read_static_tables(world: Any, device: str) -> Non
         expected = world.greedy(request.tokens, request.sampling.max_tokens, request.adapter)
         assert answers[request.request_id].tokens == expected
     assert {kind.scaled for kind in kinds if kind} == {True, False}
+
+
+# --- captured by CUDA ---------------------------------------------------------------------------------------------
+
+
+class Cuda:
+    """What `CudaCapture` says to torch.cuda, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        said = self.log
+
+        class Stream:
+            def wait_stream(self, other: Any) -> None:
+                said.append("wait")
+
+        class CUDAGraph:
+            def pool(self) -> str:
+                return "pool"
+
+            def replay(self) -> None:
+                said.append("replay")
+
+            def reset(self) -> None:
+                said.append("reset")
+
+        @contextmanager
+        def graph(graph: Any, pool: Any, capture_error_mode: str) -> Iterator[None]:
+            said.append(f"begin {pool} {capture_error_mode}")
+            yield
+            said.append("end")
+
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+
+
+def test_what_is_captured_was_run_before_and_is_destroyed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, capture = Cuda(monkeypatch), CudaCapture()
+
+    def step() -> Tensor:
+        cuda.log.append("step")
+        return torch.zeros(1)
+
+    held = [capture(step) for _ in range(2)]
+    begun = ["begin None thread_local", "begin pool thread_local"]
+    assert cuda.log == [said for one in begun for said in ("wait", "step", "step", "wait", one, "step", "end")]
+    cuda.log.clear()
+    held[0][0]()
+    capture.destroy()
+    capture.destroy()
+    assert cuda.log == ["replay", "reset", "reset"]
+
+
+def test_graphs_of_ranks_are_destroyed_before_they_part(device: str) -> None:
+    """A slab that says it is on a GPU, and all else on the CPU."""
+    if device != "cpu":
+        pytest.skip("the tiny slab lies on the CPU")
+    from lorikeet.kernels.gpu import GpuOps
+
+    cache = [LayerCache(torch.zeros(3, 4, 1, 2), torch.zeros(3, 4, 1, 2))]
+    slab: Any = SimpleNamespace(data=SimpleNamespace(is_cuda=True))
+    destroys: list[Any] = []
+    ops = GpuOps()
+    ops.prepare(lambda *_: torch.zeros(1, 1), slab, cache, 4)
+    ops.ranks = SimpleNamespace(before_leaving=destroys.append)  # type: ignore[assignment]
+    graphs: Any = ops.prepare(lambda *_: torch.zeros(1, 1), slab, cache, 4)
+    assert destroys == [graphs._capture.destroy]

@@ -5,14 +5,18 @@ What several processes make of them is in tests/engine/test_parallel.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from lorikeet.kernels import ranks as ranks_module
+from lorikeet.kernels.gpu_graphs import CudaCapture
 from lorikeet.kernels.ranks import Ranks
 from lorikeet.model.shard import Shard
 from lorikeet.model.spec import ModelSpec
@@ -62,6 +66,81 @@ def test_one_rank_is_a_group_too(tmp_path: Path) -> None:
         assert torch.equal(ranks.gather(torch.eye(3), 3), torch.eye(3))
     with alone(tmp_path / "another", "cpu"):  # the group before it is gone
         pass
+
+
+class Communicator:
+    """As NCCL: what is under way ends at once, the rest not before the last graph is destroyed."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.aborted, self.graphless = threading.Event(), threading.Event()
+
+    def abort(self) -> None:
+        self.log.append("aborted")
+        self.aborted.set()
+        assert self.graphless.wait(30)
+        self.log.append("given up")
+
+    def destroy_graphs(self) -> None:
+        assert self.aborted.wait(30), "a graph that waits for a lost rank never ends"
+        self.log.append("graphs destroyed")
+        self.graphless.set()
+
+
+@pytest.fixture
+def communicator(monkeypatch: pytest.MonkeyPatch) -> Communicator:
+    """What `Ranks` on GPUs would meet in."""
+    one = Communicator()
+    fake = SimpleNamespace(
+        init_process_group=lambda *_, **__: None,
+        is_initialized=lambda: True,
+        group=SimpleNamespace(WORLD=one),
+        destroy_process_group=lambda: one.log.append("destroyed"),
+    )
+    monkeypatch.setattr(ranks_module, "dist", fake)
+    return one
+
+
+def test_graphs_go_before_the_communicator(communicator: Communicator, tmp_path: Path) -> None:
+    ranks = Ranks(0, 2, tmp_path / "meeting")
+    ranks.before_leaving(communicator.destroy_graphs)
+    ranks.leave()
+    assert communicator.log == ["aborted", "graphs destroyed", "given up", "destroyed"]
+
+
+def test_a_lost_rank_is_given_up_at_once(communicator: Communicator, tmp_path: Path) -> None:
+    """By a thread that watches, which must not wait for whoever holds the graphs."""
+    ranks = Ranks(0, 2, tmp_path / "meeting")
+    ranks.before_leaving(communicator.destroy_graphs)
+    ranks.abort()
+    ranks.abort()
+    assert communicator.aborted.wait(30) and communicator.log == ["aborted"]
+    ranks.leave()
+    assert communicator.log == ["aborted", "graphs destroyed", "given up", "destroyed"]
+
+
+def test_what_does_not_end_is_left_behind(
+    communicator: Communicator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ranks_module, "LEAVE", 0.01)
+    ranks = Ranks(0, 2, tmp_path / "meeting")
+    ranks.leave()
+    assert "still busy after 0.01 s" in caplog.text and "destroyed" not in communicator.log
+    communicator.destroy_graphs()
+
+
+@pytest.mark.gpu
+def test_nccl_goes_with_graphs_that_somebody_holds(tmp_path: Path) -> None:
+    with alone(tmp_path / "meeting", "cuda") as ranks:
+        x = torch.ones(4, 64, device="cuda")
+        capture = CudaCapture()
+        ranks.before_leaving(capture.destroy)
+        replays = [capture(lambda: ranks.gather(ranks.sum(x), 64) + 1) for _ in range(2)]
+        for replay, found in replays:
+            replay()
+            assert found.eq(2).all()
+    with pytest.raises(RuntimeError):
+        replays[0][0]()
 
 
 @pytest.mark.gpu
