@@ -242,7 +242,7 @@ def fuse_adapter(
         folder=folder,
         files=checkpoint_files(folder),
         config=read_json(folder / "config.json"),
-        spec=load_spec(folder, handled=("quantization_config",)),
+        spec=load_spec(folder),
         identity=lambda: identify(folder),
     )
     peft_folder = adapter_folder(adapter)

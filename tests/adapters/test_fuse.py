@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tests.adapters.kinds import make, write_loreft
 from tests.adapters.resized import make_resized, save_tokenizer
 from tests.adapters.test_kinds import KINDS, UNTIED
-from tests.fixtures import AdapterShape, make_adapter, make_checkpoint, oracle, sample_tokens
+from tests.fixtures import AdapterShape, make_adapter, oracle, sample_tokens
+from tests.quantised import STORED, quantise
 
 from lorikeet.adapters import fuse as module
 from lorikeet.adapters import stored
@@ -41,7 +42,7 @@ def model(folder: Path) -> BaseModel:
         folder=folder,
         files=checkpoint_files(folder),
         config=read_json(folder / "config.json"),
-        spec=load_spec(folder, handled=("quantization_config",)),
+        spec=load_spec(folder),
         identity=lambda: IDENTITY,
     )
 
@@ -342,34 +343,8 @@ def test_the_command(
 
 # --- a quantised base ---------------------------------------------------------------------------------------------
 
-QUANTISED: dict[str, dict[str, Any]] = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
-    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
-    "int8": {"load_in_8bit": True},
-}
 
-
-def quantise(family: str, root: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Write `root/plain` and in a form of bitsandbytes `root/base`; what bitsandbytes itself reads out of that.
-
-    Rows are whole blocks, because its CPU kernel takes others wrongly.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **QUANTISED[kind])
-    quantised = AutoModelForCausalLM.from_pretrained(
-        make_checkpoint(family, root / "plain", intermediate_size=128),
-        quantization_config=config,
-        dtype=torch.float32,
-        device_map="cpu",
-    )
-    quantised.save_pretrained(root / "base")
-    expected: dict[str, torch.Tensor] = quantised.dequantize().state_dict()
-    return expected
-
-
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", STORED)
 def test_a_quantised_base_is_dequantised(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", 300)
     expected = quantise("qwen2", tmp_path, kind)
@@ -438,6 +413,3 @@ def test_a_quantised_base_that_is_not_whole(tmp_path: Path) -> None:
     config["quantization_config"]["quant_method"] = "gptq"
     (folder / "config.json").write_text(json.dumps(config))
     refused({}, r"quantization_config\.quant_method: expected 'bitsandbytes', found 'gptq'")
-    write_lock(Path(shutil.copytree(adapter, tmp_path / "locked")), LOCKED)
-    with pytest.raises(LockMismatchError, match="a quantised base is not what it was trained on"):
-        fuse(model(folder), tmp_path / "locked", tmp_path / "fused")

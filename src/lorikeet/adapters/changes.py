@@ -72,7 +72,7 @@ def changes_of(adapter: str, file: AdapterFile, spec: ModelSpec, tensors: Mappin
 
     Raises AdapterError naming what does not fit the base, or what a checkpoint of its family has no place for.
     """
-    config, weights = file.config, _Weights(tensors)
+    config, weights = file.config, BaseTensors((), tensors)
     if isinstance(config, LoraConfig) and config.invocation is not None:
         raise AdapterError(
             f"{adapter}: {CONFIG}: alora_invocation_tokens: an activated LoRA acts from its invocation on",
@@ -139,17 +139,3 @@ def _same_table(embed: Change, head: Change) -> bool:
         return first is second
     transposed = np.array_equal(first.a, second.b) and np.array_equal(first.b, second.a)
     return transposed and first.scale == second.scale and second.gain is None
-
-
-class _Weights(BaseTensors):
-    """The base's tensors for adapter kinds whose normal form depends on them, dequantised where they must be."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(())
-        self._tensors = tensors
-
-    def _tensor(self, name: str) -> Array | None:
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            return None
-        return tensor.rows(0, tensor.shape[0]).reshape(tensor.shape).astype(np.float32, copy=False)

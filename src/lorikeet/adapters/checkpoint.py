@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from lorikeet.adapters.files import Array, decode
-from lorikeet.adapters.safefile import SafeFile, TensorEntry
+from lorikeet.adapters.files import Array
+from lorikeet.adapters.safefile import SafeFile
+from lorikeet.adapters.stored import Tensor, open_tensors
 from lorikeet.errors import AdapterError, ModelError
+
+_MAX_HEADER = 100 * 2**20  # what safetensors itself allows
 
 
 class BaseTensors:
-    """Tensors of a checkpoint's safetensors files by published name; a file is mapped when it is first needed."""
+    """Tensors of a checkpoint by published name, dequantised where they are stored so: those of its safetensors files,
+    which are mapped when the first one is needed, or open ones."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], tensors: Mapping[str, Tensor] | None = None) -> None:
         self._paths = files
-        self._places: dict[str, tuple[TensorEntry, memoryview]] | None = None
+        self._tensors = tensors
 
     def weight(self, module: str) -> Array:
         """[d_out, d_in] fp32. Raises AdapterError where the base has none."""
@@ -31,13 +36,11 @@ class BaseTensors:
         return self._tensor(f"{module}.bias")
 
     def _tensor(self, name: str) -> Array | None:
-        if self._places is None:
-            self._places = {}
-            for path in self._paths:
-                with SafeFile(path, error=ModelError, max_header=100 * 2**20) as file:
-                    data = file.map()
-                self._places |= {key: (entry, data) for key, entry in file.entries.items()}
-        if name not in self._places:
+        if self._tensors is None:
+            with ExitStack() as stack:
+                opened = (SafeFile(path, error=ModelError, max_header=_MAX_HEADER) for path in self._paths)
+                self._tensors = open_tensors([stack.enter_context(file) for file in opened])
+        tensor = self._tensors.get(name)
+        if tensor is None:
             return None
-        entry, mapped = self._places[name]
-        return np.asarray(decode(entry, mapped[entry.start : entry.stop]), np.float32)
+        return tensor.rows(0, tensor.shape[0]).reshape(tensor.shape).astype(np.float32, copy=False)

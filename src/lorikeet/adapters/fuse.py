@@ -26,8 +26,8 @@ from lorikeet.adapters.changes import Change, changes_of
 from lorikeet.adapters.compiled import bfloat16_bits
 from lorikeet.adapters.files import TOKENIZER_FILES, AdapterFile, Lock, check_lock, read_lock
 from lorikeet.adapters.safefile import DTYPE_BYTES, SafeFile
-from lorikeet.adapters.stored import FLOATS, Tensor, Values, open_tensors
-from lorikeet.errors import AdapterError, ConfigError, LockMismatchError, ModelError
+from lorikeet.adapters.stored import FLOATS, Tensor, Values, open_tensors, quantised_dtype
+from lorikeet.errors import AdapterError, ConfigError, ModelError
 from lorikeet.model.names import checkpoint_shapes
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import BaseIdentity
@@ -80,11 +80,6 @@ def fuse(
     _check_output(base.folder, adapter, output, force)
     lock = read_lock(adapter)
     if lock is not None and not allow_lock_mismatch:
-        if base.config.get("quantization_config"):
-            raise LockMismatchError(
-                f"{adapter.name}: was trained for {lock.base.name}; a quantised base is not what it was trained on",
-                hint="--allow-lock-mismatch fuses it all the same",
-            )
         check_lock(lock, base.identity())
     output.parent.mkdir(parents=True, exist_ok=True)
     fresh = output.parent / f".{output.name}.{os.getpid()}.new"
@@ -93,7 +88,7 @@ def fuse(
         fresh.mkdir()
         with ExitStack() as stack:
             files = [stack.enter_context(SafeFile(p, error=ModelError, max_header=_MAX_HEADER)) for p in base.files]
-            tensors = open_tensors(files, base.config, base.folder / "config.json")
+            tensors = open_tensors(files, quantised_dtype(base.config, base.folder / "config.json"))
             _check_tensors(base, tensors)
             with AdapterFile(adapter) as file:
                 changes = changes_of(adapter.name, file, base.spec, tensors)

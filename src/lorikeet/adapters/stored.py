@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -27,6 +27,7 @@ Part = tuple[str, TensorEntry, memoryview]  # file, place and bytes of one store
 
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _STATE = ".quant_state.bitsandbytes__"
+_ROW_SCALE = ".SCB"
 
 
 class Tensor(Protocol):
@@ -55,22 +56,24 @@ class Tensor(Protocol):
         ...
 
 
-def open_tensors(files: Sequence[SafeFile], config: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's files by name, `config` being the content of its config.json at `source`.
+def is_quantised(names: Iterable[str]) -> bool:
+    """Whether tensors of these names in a checkpoint are parts of quantised ones."""
+    return any(_STATE in name or name.endswith(_ROW_SCALE) for name in names)
 
-    What belongs to a quantised tensor is no tensor of its own here. Raises ModelError for a quantisation that is not
-    known, and for parts that are missing or do not fit.
+
+def open_tensors(files: Sequence[SafeFile], dtype: str = "F32") -> dict[str, Tensor]:
+    """The tensors of a checkpoint's files by name; `dtype` is that of the values which quantised ones stand for.
+
+    What belongs to a quantised tensor is no tensor of its own here; whether one is quantised its parts' names say.
+    Raises ModelError for parts that are missing or do not fit.
     """
     parts: dict[str, Part] = {}
     for file in files:
         data = file.map()
         for name, entry in file.entries.items():
             parts[name] = (file.path.name, entry, data[entry.start : entry.stop])
-    if not config.get("quantization_config"):
-        return {name: Plain(*part) for name, part in parts.items()}
-    dtype = _quantised_dtype(config, source)
     states = {name.partition(_STATE)[0]: name for name in parts if _STATE in name}
-    rows = [name.removesuffix("SCB") + "weight" for name in parts if name.endswith(".SCB")]
+    rows = [name.removesuffix("SCB") + "weight" for name in parts if name.endswith(_ROW_SCALE)]
     tensors: dict[str, Tensor] = {name: _four_bits(name, state, parts, dtype) for name, state in states.items()}
     tensors |= {name: _eight_bits(name, parts, dtype) for name in rows}
     belongs = tuple(f"{name}." for name in states)
@@ -79,15 +82,10 @@ def open_tensors(files: Sequence[SafeFile], config: Mapping[str, Any], source: P
     return tensors | {name: Plain(*parts[name]) for name in plain}
 
 
-def _quantised_dtype(config: Mapping[str, Any], source: Path) -> str:
-    """The dtype that the quantised weights stand for."""
-    method = config["quantization_config"].get("quant_method")
-    if method != "bitsandbytes":
-        raise ModelError(
-            f"{source}: quantization_config.quant_method: expected 'bitsandbytes', found {method!r}",
-            hint="dequantise the base first, or take the one that was quantised",
-            param="quantization_config",
-        )
+def quantised_dtype(config: Mapping[str, Any], source: Path) -> str:
+    """The dtype of what quantised weights stand for, by the content of config.json at `source`; F32 where none are."""
+    if not config.get("quantization_config"):
+        return "F32"
     name = config.get("dtype") or config.get("torch_dtype")
     if name not in FLOATS:
         raise ModelError(f"{source}: dtype: expected {' or '.join(FLOATS)}, found {name!r}", param="dtype")
@@ -169,11 +167,14 @@ class FourBits:
     def rows(self, start: int, stop: int) -> Values:
         row = math.prod(self.shape[1:])
         first, last = start * row, stop * row
+        pairs = np.stack(np.broadcast_arrays(self.map[:, None], self.map), 2).reshape(
+            256, 2
+        )  # what each byte stands for
         packed = self.packed[first // 2 : -(-last // 2)]
-        indices = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[first % 2 :][: last - first]
+        values = np.take(pairs, packed, axis=0).reshape(-1)[first % 2 :][: last - first]
         block = first // self.blocksize
         magnitudes = self.magnitudes.of(block, -(-last // self.blocksize))
-        values = self.map[indices] * magnitudes[np.arange(first, last) // self.blocksize - block]
+        values *= np.repeat(magnitudes, self.blocksize)[first - block * self.blocksize :][: last - first]
         return values.reshape(stop - start, row)
 
 

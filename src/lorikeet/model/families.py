@@ -6,7 +6,7 @@ Every field is handled, known to be irrelevant to the forward pass, or refused b
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _HANDLED = """
     model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters
     tie_word_embeddings attention_bias mlp_bias hidden_act use_sliding_window sliding_window max_window_layers
-    layer_types bos_token_id eos_token_id
+    layer_types bos_token_id eos_token_id quantization_config
 """
 # Training, generation defaults, provenance and label names: none of it changes a logit.
 _IRRELEVANT = """
@@ -60,15 +60,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_spec(folder: Path, handled: Collection[str] = ()) -> ModelSpec:
-    """The spec of the checkpoint in `folder`, from config.json and, for the stop ids, generation_config.json.
-
-    `handled` names fields of config.json that the caller deals with; here they would be refused.
-    """
+def load_spec(folder: Path) -> ModelSpec:
+    """The spec of the checkpoint in `folder`, from config.json and, for the stop ids, generation_config.json."""
     config = read_json(folder / "config.json")
     fields = _Fields(config, folder / "config.json")
     family = fields.one_of("model_type", tuple(ARCHITECTURES))
-    _refuse_unsupported(fields, family, handled)
+    _refuse_unsupported(fields, family)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     absent_kv_heads = heads if "num_key_value_heads" in config else _KV_HEADS_DEFAULT.get(family, heads)
@@ -163,20 +160,28 @@ class _Fields:
         return str(value)
 
 
-def _refuse_unsupported(fields: _Fields, family: str, handled: Collection[str]) -> None:
+def _refuse_unsupported(fields: _Fields, family: str) -> None:
     config = fields.config
     architectures = config.get("architectures")
     if architectures and ARCHITECTURES[family] not in architectures:
         raise fields.error("architectures", ARCHITECTURES[family], architectures)
     if config.get("hidden_act", "silu") != "silu":
         raise fields.error("hidden_act", "silu", config["hidden_act"])
+    quantised = config.get("quantization_config")
+    if quantised and (not isinstance(quantised, dict) or quantised.get("quant_method") != "bitsandbytes"):
+        found = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ModelError(
+            f"{fields.path}: quantization_config.quant_method: expected 'bitsandbytes', found {found!r}",
+            hint="dequantise the base first, or take the one that was quantised",
+            param="quantization_config",
+        )
     biases = {"llama": (), "qwen3": ("mlp_bias",)}.get(family, ("attention_bias", "mlp_bias"))
     for name in biases:
         if config.get(name):
             raise fields.error(name, f"false (a {family} model has no such bias)", config[name])
     for name, value in config.items():
         # A neutral value says "feature off", whatever the feature is.
-        if name not in _KNOWN and name not in handled and value not in (None, False, 0, "", [], {}):
+        if name not in _KNOWN and value not in (None, False, 0, "", [], {}):
             raise ModelError(
                 f"{fields.path}: {name} = {value!r} is not supported",
                 hint=f"{family} models are computed without it; remove it if it does not change the forward pass",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
@@ -15,10 +16,11 @@ import msgspec
 from lorikeet.adapters.safefile import SafeFile
 from lorikeet.errors import ModelError
 from lorikeet.model.families import load_spec, read_json
+from lorikeet.model.names import checkpoint_shapes
 from lorikeet.model.tokenizer import Tokenizer
 from lorikeet.types import BaseIdentity
 
-__all__ = ["EMBEDDED", "BaseIdentity", "cache_folder", "checkpoint_files", "find_model", "identify"]
+__all__ = ["EMBEDDED", "BaseIdentity", "cache_folder", "checkpoint_files", "find_model", "identify", "weight_bytes"]
 
 EMBEDDED = "lorikeet-nano"
 _EMBEDDED_FOLDER = Path(str(resources.files("lorikeet"))) / "nano"
@@ -90,6 +92,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
             param=pickled[0],
         )
     raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of a base once it is loaded, about: as it is stored, and two a number where it is stored in fewer."""
+    numbers = sum(map(math.prod, checkpoint_shapes(load_spec(folder)).values()))
+    return max(sum(path.stat().st_size for path in checkpoint_files(folder)), 2 * numbers)
 
 
 def cache_folder() -> Path:

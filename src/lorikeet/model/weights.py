@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorikeet.adapters.safefile import SafeFile
+from lorikeet.adapters.stored import Tensor as Stored
+from lorikeet.adapters.stored import is_quantised, open_tensors
 from lorikeet.errors import ModelError
 from lorikeet.kernels.weight import DenseWeight, Table, Weight
 from lorikeet.model.decoder import DecoderWeights, LayerWeights
@@ -24,6 +28,8 @@ __all__ = ["MakeTable", "MakeWeight", "load", "load_spec", "rope_tables"]
 MakeWeight = Callable[[Tensor, Tensor | None], Weight]
 MakeTable = Callable[[Tensor], Table]
 _DTYPES = ("F32", "BF16", "F16", "F64")
+_DEQUANTISED = 2**22  # values of a checkpoint that is stored quantised, at a time
+_MAX_HEADER = 100 * 2**20  # what safetensors itself allows
 
 
 def load(
@@ -92,7 +98,8 @@ def _load_layer(source: _Checkpoint, shard: Shard, layer: int, make_weight: Make
         roles = [site.role for site in spec.groups[layer][name].sites]
         modules = [layer_module(layer, MODULES[role]) for role in roles]
         outputs, inputs = [shard.outputs(role) for role in roles], shard.inputs(roles[0])
-        weight = source.joined([f"{module}.weight" for module in modules], outputs, inputs)
+        wide = getattr(make_weight, "wide", False)
+        weight = source.joined([f"{module}.weight" for module in modules], outputs, inputs, wide)
         if f"{modules[0]}.bias" not in source.shapes or (inputs != WHOLE and shard.rank > 0):
             return make_weight(weight, None)  # what is summed over the ranks has its bias on one of them
         return make_weight(weight, source.joined([f"{module}.bias" for module in modules], outputs))
@@ -116,13 +123,10 @@ class _Checkpoint:
         self.dtype, self.device = dtype, device
         self.shapes = checkpoint_shapes(spec)
         self._files: dict[str, safe_open] = {}
-        for path in checkpoint_files(folder):
-            try:
-                file = safe_open(path, framework="pt")
-                self._files.update(dict.fromkeys(file.keys(), file))
-                self._check(path, file)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
+        opened = {path: self._open(path) for path in checkpoint_files(folder)}
+        self._stored = _open_quantised(opened) if is_quantised(self._files) else None
+        for path, file in opened.items():
+            self._check(path, file)
         missing = sorted(set(self.shapes) - set(self._files))
         if missing:
             raise ModelError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
@@ -131,23 +135,54 @@ class _Checkpoint:
     def tensor(self, name: str) -> Tensor:
         return self.joined([name])
 
-    def joined(self, names: list[str], rows: Sequence[slice] = (), columns: slice = WHOLE) -> Tensor:
+    def joined(
+        self, names: list[str], rows: Sequence[slice] = (), columns: slice = WHOLE, wide: bool = False
+    ) -> Tensor:
         """The named tensors, or these rows and columns of them, one below the other, each read straight into its
-        place."""
-        stored = [self._files[name].get_tensor(name) for name in names]  # mapped: only what is copied is read
-        parts = [one[part] for one, part in zip(stored, rows or [WHOLE] * len(names), strict=True)]
-        if columns != WHOLE:
-            parts = [one[:, columns] for one in parts]
-        counts = [len(part) for part in parts]
-        out = torch.empty((sum(counts), *parts[0].shape[1:]), dtype=self.dtype, device=self.device)
-        for part, place in zip(parts, out.split(counts), strict=True):
-            place.copy_(part)
+        place; in fp32 where they are `wide` and one of them is stored quantised."""
+        places = [
+            range(*part.indices(self.shapes[name][0]))
+            for name, part in zip(names, rows or [WHOLE] * len(names), strict=True)
+        ]
+        width = [len(range(*columns.indices(size))) for size in self.shapes[names[0]][1:]]
+        dtype = torch.float32 if wide and any(map(self._quantised, names)) else self.dtype
+        out = torch.empty((sum(map(len, places)), *width), dtype=dtype, device=self.device)
+        for name, place, into in zip(names, places, out.split([len(place) for place in places]), strict=True):
+            self._read(name, place, columns, into)
         return out
+
+    def _read(self, name: str, rows: range, columns: slice, into: Tensor) -> None:
+        if (quantised := self._quantised(name)) is None:
+            part = self._files[name].get_tensor(name)[rows.start : rows.stop]  # mapped: only what is copied is read
+            into.copy_(part if columns == WHOLE else part[:, columns])
+            return
+        step = max(1, _DEQUANTISED // max(math.prod(quantised.shape[1:]), 1))
+        for start in range(rows.start, rows.stop, step):
+            values = torch.from_numpy(quantised.rows(start, min(start + step, rows.stop)))
+            into[start - rows.start : start - rows.start + len(values)].copy_(values[:, columns])
+
+    def _quantised(self, name: str) -> Stored | None:
+        """The named tensor, where it is stored quantised."""
+        stored = None if self._stored is None else self._stored[name]
+        return None if stored is None or stored.raw is not None else stored
+
+    def _open(self, path: Path) -> safe_open:
+        try:
+            file = safe_open(path, framework="pt")
+            self._files.update(dict.fromkeys(file.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
+        return file
 
     def _check(self, path: Path, file: safe_open) -> None:
         for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            entry = file.get_slice(name)
-            shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+            if self._stored is not None and name not in self._stored:
+                continue  # a part of a quantised tensor, found to fit
+            if (quantised := self._quantised(name)) is None:
+                entry = file.get_slice(name)
+                shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+            else:
+                shape, dtype = quantised.shape, quantised.dtype
             expected = self.shapes.get(name)
             if expected is None:
                 # Older checkpoints carry the rotary frequencies, which follow from the config.
@@ -170,3 +205,10 @@ class _Checkpoint:
                     hint="set tie_word_embeddings to false in config.json if the head is its own",
                     param=head,
                 )
+
+
+def _open_quantised(paths: Iterable[Path]) -> dict[str, Stored]:
+    """The tensors of files some of whose are quantised; their parts are no tensors of their own."""
+    with ExitStack() as stack:
+        opened = (SafeFile(path, error=ModelError, max_header=_MAX_HEADER) for path in paths)
+        return open_tensors([stack.enter_context(file) for file in opened])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorikeet.config import AdapterRecipe
-from lorikeet.model.sources import checkpoint_files
+from lorikeet.model.sources import weight_bytes
 from lorikeet.model.spec import ModelSpec
 from lorikeet.types import ROLES
 
@@ -44,7 +44,7 @@ def training_memory(folder: Path, spec: ModelSpec, recipe: AdapterRecipe, rows: 
     roles = ROLES if recipe.targets in (None, "all-linear") else tuple(recipe.targets or ())
     sites = [site for site in spec.sites if site.role in roles]
     parameters = recipe.rank * sum(site.d_in + site.d_out for site in sites)
-    base = sum(path.stat().st_size for path in checkpoint_files(folder))
+    base = weight_bytes(folder)
     kept = spec.num_layers * (8 * spec.hidden_size + 4 * spec.intermediate_size + 4 * spec.q_size) + 2 * spec.vocab_size
     tokens = min(STEP_TOKENS, batch_tokens(rows, size, recipe.batch_rows))
     return Memory(shared=RUNTIME + 2 * base, own=parameters * PER_PARAMETER + int(tokens * kept * 4))

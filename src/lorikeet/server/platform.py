@@ -15,8 +15,10 @@ import psutil
 
 from lorikeet.config import PlatformConfig
 from lorikeet.errors import ConfigError
-from lorikeet.model.sources import checkpoint_files, find_model, identify
+from lorikeet.model.families import load_spec
+from lorikeet.model.sources import find_model, identify, weight_bytes
 from lorikeet.registry.home import open_home
+from lorikeet.server.judging import judging_memory
 from lorikeet.server.supervisor import Supervisor
 from lorikeet.types import BaseIdentity
 
@@ -27,7 +29,6 @@ Result = TypeVar("Result")
 
 CATALOG_THREADS, SLOW_THREADS = 16, 4
 HOUSEKEEPING_SECONDS = 600.0
-JUDGING_MEMORY = 2 * 2**30  # what an evaluation takes beside the base: keys and values, adapters, libraries
 
 
 class Platform:
@@ -54,7 +55,8 @@ class Platform:
         self.home = open_home(folder, catalog=config.catalog, blobs=config.blobs)
         self.catalog, self.blobs = self.home.catalog, self.home.blobs
         self.job_memory = config.job_memory or psutil.virtual_memory().total // 2
-        self.judging_memory = JUDGING_MEMORY + sum(one.stat().st_size for one in checkpoint_files(find_model(model)))
+        checkpoint = find_model(model)
+        self.judging_memory = judging_memory(load_spec(checkpoint), weight_bytes(checkpoint))
         self.supervisor = Supervisor(self)
         self._quick = ThreadPoolExecutor(CATALOG_THREADS, "catalog")
         self._slow = ThreadPoolExecutor(SLOW_THREADS, "platform")
