@@ -77,7 +77,7 @@ def test_int8(shape: tuple[int, int]) -> None:
     kept = quantised.dequantised().float()
     assert ((kept - weight.float()).abs() <= step * 0.5 + weight.float().abs() * 2**-8).all()
     exact = (weight.float() / step.clamp(min=1e-30)).round() * step
-    for rows in (1, 2, 3, 13, 70):
+    for rows in (1, 2, 3, 13, 23, 24, 25, 36, 70):
         x = torch.randn(rows, shape[1], generator=generator).bfloat16()
         wanted = x.double() @ exact.double().T + bias.double()
         assert (quantised.linear(x).double() - wanted).abs().max() <= 2**-7 * wanted.abs().max()

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
 from torch import Tensor
 
@@ -44,6 +44,7 @@ BLOCK = 16  # rows of a weight that several rows of x meet at once
 STREAM = 2048  # bytes that panels are called ahead while few rows wait for them
 AHEAD = 256  # bytes that rows of B are called ahead
 STORED = {torch.bfloat16: np.uint16(0), torch.int8: np.int8(0)}  # tags of what panels hold
+KEPT, WIDENED = np.uint8(0), np.int16(0)  # tags of int8 panels that are widened to bf16 for others, and that were
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 SUMS, PAIRS, HALVES = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 ZERO = ir.Constant(SUMS, [0.0] * LANES)
@@ -131,20 +132,22 @@ def _widened(builder: Any, address: Any) -> Any:
 
 
 @literal_intrinsic
-def panel_tile(typing_context, x, ldx, panel, pairs, ahead, called, scale, bias, out, ldo, rows, tag, stored):
+def panel_tile(typing_context, x, ldx, panel, pairs, ahead, called, scale, bias, out, ldo, rows, tag, stored, wide):
     """out[rows, PANEL] = x[rows, 2 pairs] . panel [pairs, PANEL, 2] * scale [PANEL] + bias [PANEL] (float32 both).
 
     Addresses and strides in bytes; `rows` and `called` are literals. Types by tag: `tag` of out, `stored` of the panel
-    (bf16, which has no scale, or int8). Meanwhile what lies `ahead` bytes behind the panel is called into the cache:
-    as much as a panel (`called` is 1), half as much (2), or nothing (0).
+    (bf16, which has no scale, int8, or int8 as bf16). Meanwhile what lies `ahead` bytes behind the panel is called into
+    the cache: as much as a panel (`called` is 1), half as much (2), or nothing (0). With the tag KEPT the panel is left
+    in bf16 at `wide`.
     """
     if not isinstance(rows, types.IntegerLiteral) or not isinstance(called, types.IntegerLiteral):
         return None
     count, fraction = rows.literal_value, called.literal_value
-    halves, int8 = types.unliteral(tag) == types.uint16, types.unliteral(stored) == types.int8
+    halves, held = types.unliteral(tag) == types.uint16, types.unliteral(stored)
+    int8, kept, scaled = held in (types.int8, types.uint8), held == types.uint8, held != types.uint16
 
     def generate(context, builder, signature, arguments):
-        x, ldx, panel, pairs, ahead, _, scale, bias, out, ldo = arguments[:10]
+        x, ldx, panel, pairs, ahead, _, scale, bias, out, ldo, *_, wide = arguments
         row_at = [builder.add(x, builder.mul(ldx, ir.Constant(I64, row))) for row in range(count)]
         following = builder.add(panel, ahead)
         shift = [load(builder, plus(builder, bias, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
@@ -157,10 +160,11 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, called, scale, bias,
             address = builder.add(following, builder.mul(step, ir.Constant(I64, fetched)))
             for offset in range(0, fetched, 64):
                 emit_prefetch(builder, plus(builder, address, offset))
-            if int8:
-                weights = [_widened(builder, address) for address in at_register]
-            else:
-                weights = [load(builder, address, PAIRS, 4) for address in at_register]
+            weights = [_widened(builder, at) if int8 else load(builder, at, PAIRS, 4) for at in at_register]
+            if kept:
+                target = builder.add(wide, builder.mul(step, ir.Constant(I64, 4 * PANEL)))
+                for v in range(WIDE):
+                    store(builder, weights[v], plus(builder, target, 4 * LANES * v), 2)
             inputs = [builder.add(at_row, builder.mul(step, ir.Constant(I64, 4))) for at_row in row_at]
             result = []
             for row, address in enumerate(inputs):
@@ -169,21 +173,19 @@ def panel_tile(typing_context, x, ldx, panel, pairs, ahead, called, scale, bias,
                     result.append(add_products(builder, sums[row * WIDE + v], weights[v], pair))
             return result
 
-        sums = sum_over(builder, pairs, [ZERO] * (count * WIDE) if int8 else shift * count, body)
-        if int8:
+        sums = sum_over(builder, pairs, [ZERO] * (count * WIDE) if scaled else shift * count, body)
+        if scaled:
             factor = [load(builder, plus(builder, scale, 4 * LANES * v), SUMS, 4) for v in range(WIDE)]
             sums = [builder.fadd(builder.fmul(s, factor[i % WIDE]), shift[i % WIDE]) for i, s in enumerate(sums)]
         for row in range(count):
             target = builder.add(out, builder.mul(ldo, ir.Constant(I64, row)))
             for v in range(WIDE):
                 total = sums[row * WIDE + v]
-                if halves:
-                    store(builder, _rounded(builder, total), plus(builder, target, 2 * LANES * v), 2)
-                else:
-                    store(builder, total, plus(builder, target, 4 * LANES * v), 4)
+                total, width = (_rounded(builder, total), 2) if halves else (total, 4)
+                store(builder, total, plus(builder, target, width * LANES * v), width)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, called, *[types.int64] * 4, rows, tag, stored), generate
+    return types.void(*[types.int64] * 5, called, *[types.int64] * 4, rows, tag, stored, types.int64), generate
 
 
 @literal_intrinsic
@@ -320,16 +322,16 @@ def panel_few(rows, x, ldx, panel, pairs, scale, bias, out, ldo, tag, stored):
     So they call what follows in the stream of panels, also across the ends of pages, where the processor stops.
     """
     if rows >= 8:
-        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 8, tag, stored)
+        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 8, tag, stored, 0)
         x, out, rows = x + 8 * ldx, out + 8 * ldo, rows - 8
     if rows >= 4:
-        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 4, tag, stored)
+        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 4, tag, stored, 0)
         x, out, rows = x + 4 * ldx, out + 4 * ldo, rows - 4
     if rows >= 2:
-        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 2, tag, stored)
+        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 2, tag, stored, 0)
         x, out, rows = x + 2 * ldx, out + 2 * ldo, rows - 2
     if rows == 1:
-        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 1, tag, stored)
+        panel_tile(x, ldx, panel, pairs, STREAM, 1, scale, bias, out, ldo, 1, tag, stored, 0)
 
 
 @products
@@ -339,19 +341,33 @@ def panel_dozens(dozens, x, ldx, panel, pairs, length, scale, bias, out, ldo, ta
     The last two dozens, or the only one, call the next panel, `length` bytes on.
     """
     if dozens == 1:
-        panel_tile(x, ldx, panel, pairs, length, 1, scale, bias, out, ldo, 12, tag, stored)
+        panel_tile(x, ldx, panel, pairs, length, 1, scale, bias, out, ldo, 12, tag, stored, 0)
         return
     for _ in range(dozens - 2):
-        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 12, tag, stored)
+        panel_tile(x, ldx, panel, pairs, 0, 0, scale, bias, out, ldo, 12, tag, stored, 0)
         x, out = x + 12 * ldx, out + 12 * ldo
-    panel_tile(x, ldx, panel, pairs, length, 2, scale, bias, out, ldo, 12, tag, stored)
+    panel_tile(x, ldx, panel, pairs, length, 2, scale, bias, out, ldo, 12, tag, stored, 0)
     x, out, half = x + 12 * ldx, out + 12 * ldo, length // 2
-    panel_tile(x, ldx, panel, pairs, length + half, 2, scale, bias, out, ldo, 12, tag, stored)
+    panel_tile(x, ldx, panel, pairs, length + half, 2, scale, bias, out, ldo, 12, tag, stored, 0)
 
 
 @products
-def panel_share(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored):
-    """The panels that one of `parts` threads multiplies."""
+def panel_widened(rows, x, ldx, panel, pairs, length, wide, scale, bias, out, ldo, tag):
+    """Dozens of rows against one panel in int8. The first dozen leaves it in bf16 at `wide`, for the others, and calls
+    the next panel, `length` bytes on."""
+    panel_tile(x, ldx, panel, pairs, length, 1, scale, bias, out, ldo, 12, tag, KEPT, wide)
+    x, out = x + 12 * ldx, out + 12 * ldo
+    for _ in range(rows // 12 - 1):
+        panel_tile(x, ldx, wide, pairs, 0, 0, scale, bias, out, ldo, 12, tag, WIDENED, 0)
+        x, out = x + 12 * ldx, out + 12 * ldo
+    few = rows % 12
+    if few > 0:
+        panel_few(few, x, ldx, wide, pairs, scale, bias, out, ldo, tag, WIDENED)
+
+
+@products
+def panel_stored(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored):
+    """The panels that one of `parts` threads multiplies as they are stored."""
     length = pairs * 2 * PANEL * size(stored)
     for panel in range(panels * part // parts, panels * (part + 1) // parts):
         column = panel * PANEL
@@ -363,6 +379,36 @@ def panel_share(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, o
         if rows >= 12:
             first, last = x + few * ldx, target + few * ldo
             panel_dozens(rows // 12, first, ldx, place, pairs, length, f, b, last, ldo, tag, stored)
+
+
+@products
+def panel_int8(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored):
+    """As `panel_stored`, of int8. Many rows would widen each panel many times; keeping it wide pays from two dozens."""
+    if rows < 24:
+        panel_stored(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored)
+        return
+    length, wide = pairs * 2 * PANEL, np.empty(pairs * 2 * PANEL, np.uint16)
+    for panel in range(panels * part // parts, panels * (part + 1) // parts):
+        column = panel * PANEL
+        panel_widened(
+            rows, x, ldx, weight + panel * length, pairs, length, wide.ctypes.data, scale + 4 * column,
+            bias + 4 * column, out + column * size(tag), ldo, tag,
+        )  # fmt: skip
+    hold(wide)
+
+
+def panel_share(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored):
+    """The panels that one of `parts` threads multiplies."""
+
+
+@extending.overload(panel_share)
+def _(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored):
+    share = panel_int8 if types.unliteral(stored) == types.int8 else panel_stored
+
+    def chosen(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored):
+        share(part, parts, rows, x, ldx, weight, pairs, panels, scale, bias, out, ldo, tag, stored)
+
+    return chosen
 
 
 @kernel
