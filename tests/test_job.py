@@ -11,8 +11,9 @@ import pytest
 from msgspec import to_builtins
 
 from lorikeet.adapters.files import AdapterFile
-from lorikeet.config import JobRecipe
+from lorikeet.config import EngineConfig, JobRecipe
 from lorikeet.data.formats import read_rows
+from lorikeet.engine.hosted import HostedEngine
 from lorikeet.errors import LeaseLostError
 from lorikeet.job import training
 from lorikeet.job.evaluation import run_evaluation
@@ -22,6 +23,7 @@ from lorikeet.job.training import TrainingRun
 from lorikeet.job.usage import Usage
 from lorikeet.registry.home import Home, open_home
 from lorikeet.registry.records import Actor, Job, JobRequest, Lease
+from lorikeet.server.estimate import RUNTIME
 
 WHO = Actor()
 ROWS = [{"text": f"the fox {word}", "label": word[0]} for word in ("runs", "sings", "jumps", "looks")] * 4
@@ -240,7 +242,8 @@ def test_judging(home: Home, model: str) -> None:
     version = home.catalog.versions.get(WHO, "r", 1)
     data = home.catalog.datasets.get(WHO, "rows")
     spec = {"recipe": {"baseline": "tfidf"}, "dataset": "rows", "task": "letters", "version": version.id}
-    job = home.catalog.jobs.submit(WHO, JobRequest(kind="evaluate", spec=spec, base="tiny", dataset_id=data.id))
+    request = JobRequest(kind="evaluate", spec=spec, base="tiny", dataset_id=data.id, memory=2**30)
+    job = home.catalog.jobs.submit(WHO, request)
     (reporter,) = claim(home)
     run_evaluation(home, model, reporter, lambda: False)
     found = job_of(home, job)
@@ -251,6 +254,26 @@ def test_judging(home: Home, model: str) -> None:
     assert adapter.result["baseline"] == 1.0  # the test rows are the training rows
     assert adapter.result["baseline_ci"] == [1.0, 1.0]
     assert 0 < adapter.result["p50_ms"] <= adapter.result["p95_ms"] and adapter.result["core_seconds"] > 0
+
+
+def test_judging_stays_within_its_memory(home: Home, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine is told what it may take; where that is too little, the job says so."""
+    told: list[EngineConfig] = []
+    build = HostedEngine.build
+    monkeypatch.setattr(HostedEngine, "build", lambda config: [told.append(config), build(config)][1])
+    data = home.catalog.datasets.get(WHO, "rows")
+    spec = {"recipe": {"prompt": "{text}", "reference": "{label}", "limit": 2}, "dataset": "rows", "version": None}
+    for memory in (2**30, 2**29):
+        request = JobRequest(kind="evaluate", spec=spec, base="tiny", dataset_id=data.id, memory=memory)
+        home.catalog.jobs.submit(WHO, request)
+    enough, little = claim(home)
+    for reporter in (enough, little):
+        run_evaluation(home, model, reporter, lambda: False)
+    assert job_of(home, enough.job).state == "completed"
+    (config,) = told
+    assert config.max_seqs == 32 and 0 < (config.kv_memory or 0) + (config.adapter_memory or 0) < 2**30 - RUNTIME
+    error = job_of(home, little.job).error or {}
+    assert error["param"] == "memory" and "the job may hold 0.5 GiB" in error["message"]
 
 
 def test_orders_are_private(home: Home, tmp_path: Path) -> None:

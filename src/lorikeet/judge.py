@@ -122,9 +122,16 @@ def _body(job: Job, base: str) -> Mapping[str, Any]:
 
 
 def through_engine(
-    recipe: EvalRecipe, adapters: Path | None, on_done: Callable[[int], None], concurrency: int = AT_ONCE
+    recipe: EvalRecipe,
+    adapters: Path | None,
+    on_done: Callable[[int], None],
+    concurrency: int = AT_ONCE,
+    **settings: Any,
 ) -> Generate:
-    """An engine of this process, with so many questions in it at once: latencies are of that load."""
+    """An engine of this process, with so many questions in it at once: latencies are of that load.
+
+    `settings` are fields of `EngineConfig`.
+    """
     if recipe.base is None:
         raise ConfigError(
             "$.base: missing; the offline engine needs it", hint="name a base, or a server with --url", param="$.base"
@@ -135,7 +142,7 @@ def through_engine(
         from lorikeet.engine.llm import LLM
         from lorikeet.types import SamplingParams
 
-        llm = LLM(base, adapters=None if adapters is None else str(adapters))
+        llm = LLM(base, adapters=None if adapters is None else str(adapters), **settings)
         prompts = [
             llm.render_chat(job.messages, adapter=job.adapter) if job.messages is not None else job.prompt or ""
             for job in jobs

@@ -19,9 +19,13 @@ from lorikeet.evals.harness import Result, judge, prepare
 from lorikeet.job.orders import job_folder
 from lorikeet.job.reporter import Reporter, told
 from lorikeet.job.usage import FIELD, Usage
-from lorikeet.judge import through_engine
+from lorikeet.judge import AT_ONCE, through_engine
+from lorikeet.kernels.precision import choose_dtype
+from lorikeet.model.families import load_spec
+from lorikeet.model.sources import find_model
 from lorikeet.registry.home import Home
 from lorikeet.registry.records import Actor, Dataset, Version
+from lorikeet.server.judging import engine_memory
 from lorikeet.template import Template
 
 log = logging.getLogger("lorikeet.job")
@@ -94,8 +98,17 @@ def _judge(
 
     reporter.stage("judging", f"{total} answers", total=total)
     adapters = None if version is None else folder
-    results = judge(recipe, prepared, through_engine(recipe, adapters, on_done))
+    settings = _engine_settings(model, job.memory, 0 if version is None else version.bytes or 0)
+    results = judge(recipe, prepared, through_engine(recipe, adapters, on_done, **settings))
     return [_store(home, who, reporter, one, version, dataset) for one in results]
+
+
+def _engine_settings(model: str, memory: int, adapter: int) -> dict[str, int]:
+    """Those of `EngineConfig` with which the process stays within the job's memory: left to itself, an engine takes
+    its share of what the machine has free."""
+    spec = load_spec(find_model(model))
+    keys, slab = engine_memory(memory, spec, choose_dtype("auto").itemsize, adapter)
+    return {"kv_memory": keys, "adapter_memory": slab, "max_seqs": AT_ONCE}
 
 
 def _task(spec: dict[str, Any], version: Version | None, dataset: Dataset, place: Path) -> EvalTask:
