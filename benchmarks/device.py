@@ -36,7 +36,7 @@ from lorikeet.model.spec import ModelSpec
 from lorikeet.model.weights import rope_tables
 from lorikeet.types import AdapterInfo, BaseIdentity, Request, SamplingParams
 from ours import setting
-from roofline import Itemsizes, Machine, Work, decode_work, prefill_work
+from roofline import QUANTISED, Itemsizes, Machine, Work, decode_work, prefill_work
 from worker import progress
 
 _LLAMA = {"family": "llama", "max_context": 8192, "rope_theta": 500000.0}
@@ -364,7 +364,7 @@ def floors(
     """Least seconds of a decode step, what it would read without its adapters, and how fast prompts were at most."""
     rank = float(np.mean([adapters.ranks[i] for i in chosen])) if chosen else 0.0
     size = choose_dtype("auto", options.device).itemsize
-    linear = size if dict(map(setting, options.set)).get("quantize", "none") == "none" else 1
+    linear = QUANTISED.get(dict(map(setting, options.set)).get("quantize", "none"), size)
     shares, sizes = (len(set(chosen)), len(chosen), rank), Itemsizes(linear, size)
     tokens = options.prompt + options.new / 2 if sample["context"] is None else sample["context"]
     step: Work = decode_work(spec, sizes, n, tokens, *shares)

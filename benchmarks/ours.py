@@ -19,7 +19,7 @@ import torch
 from load import Clients, Json, Trace, summarise
 from lorikeet.config import EngineConfig
 from lorikeet.kernels.precision import choose_dtype
-from roofline import Itemsizes
+from roofline import QUANTISED, Itemsizes
 from shapes import Fixture
 from worker import Worker, answer, resident
 
@@ -44,7 +44,8 @@ class Setup:
 
     @property
     def itemsizes(self) -> Itemsizes:
-        return Itemsizes(1 if self.settings.get("quantize") == "int8" else self.dtype.itemsize, self.dtype.itemsize)
+        itemsize = self.dtype.itemsize
+        return Itemsizes(QUANTISED.get(self.settings.get("quantize", "none"), itemsize), itemsize)
 
     @property
     def token_bytes(self) -> int:

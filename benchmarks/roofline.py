@@ -85,11 +85,15 @@ def rank_size(spec: ModelSpec) -> int:
 class Itemsizes:
     """Bytes of a number: in the linear layers, and in embedding, cache and adapters."""
 
-    linear: int
+    linear: float
     other: int
 
 
-def weight_bytes(spec: ModelSpec, sizes: Itemsizes) -> int:
+# Of a number in the linear layers, by `--quantize`; four bits have a scale and a zero for every 64.
+QUANTISED = {"int8": 1.0, "fp8": 1.0, "int4": 0.5625, "nf4": 0.5625}
+
+
+def weight_bytes(spec: ModelSpec, sizes: Itemsizes) -> float:
     """Of the linear layers and of a tied head."""
     return sizes.linear * linear_size(spec) + sizes.other * spec.vocab_size * spec.hidden_size
 
