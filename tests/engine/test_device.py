@@ -103,3 +103,24 @@ def test_one_budget_for_cache_and_slab(world: Any) -> None:
     sizes = choose_sizes(EngineConfig(max_seqs=4), world.spec, torch.bfloat16, "cuda")
     free, _ = torch.cuda.mem_get_info()
     assert 0 < sizes.kv_bytes + sizes.slab_bytes < free and sizes.host_bytes > 0
+
+
+def test_an_fp8_cache_says_nearly_the_same(world: Any) -> None:
+    """Prompts and decode steps, in graphs too; what the device rounds is what the reference rounds."""
+    infos = [world.adapter(1), world.adapter(2, 3, ("k", "v"))]
+    requests = [
+        world.request(f"{i}", world.prompt(i, 5 + 4 * i), one and one.digest, max_tokens=12, prompt_logprobs=0,
+                      ignore_eos=True)
+        for i, one in enumerate([None, *infos])
+    ]  # fmt: skip
+    engine = engine_of(world, infos, kv_cache_dtype="fp8")
+    found, full = world.run(engine, requests), world.run(engine_of(world, infos), requests)
+    reference = world.engine(infos, kv_cache_dtype="fp8", blocks=64)
+    expected = world.run(reference, requests)
+    for ours, theirs in zip(engine._runner.cache, reference._runner.cache, strict=True):
+        assert ours.k.dtype == torch.float8_e4m3fn
+        assert torch.equal(ours.k_scale.cpu(), theirs.k_scale) and torch.equal(ours.v_scale.cpu(), theirs.v_scale)
+    for name, answer in found.items():
+        scores = np.array(answer.prompt_logprobs[1:])
+        assert np.abs(scores - np.array(expected[name].prompt_logprobs[1:])).mean() < 0.02
+        assert 0 < np.abs(scores - np.array(full[name].prompt_logprobs[1:])).mean() < 0.3

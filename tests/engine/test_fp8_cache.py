@@ -76,8 +76,9 @@ def scores(answers: dict[str, Any], prompts_alone: bool = False) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def test_attention_is_over_what_fp8_holds(world: Any) -> None:
+def test_attention_is_over_what_fp8_holds(variant: Callable[..., Any]) -> None:
     """The base: prompts in chunks, decode, a window, against one dense pass that rounds on its own."""
+    world = variant(k_bias=6.0)
     engine = world.engine(kv_cache_dtype="fp8", step_tokens=16)
     assert all(layer.k.dtype == layer.v.dtype == FP8 for layer in engine._runner.cache)
     requests = asked(world, [])
@@ -85,6 +86,7 @@ def test_attention_is_over_what_fp8_holds(world: Any) -> None:
     scales = find_scales(world.spec, world.weights, ReferenceOps(), 16)
     for one, layer in zip(scales, engine._runner.cache, strict=True):
         assert torch.equal(one[0], layer.k_scale) and torch.equal(one[1], layer.v_scale)
+        assert one[0][0] < one[0][1]
     for request in requests:
         answer = answers[request.request_id]
         tokens = torch.tensor(request.tokens + answer.tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from lorikeet.errors import ModelError
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.model import cache_scales
-from lorikeet.model.cache_scales import LARGEST, ROOM, find_scales, is_stored_scale, of_checkpoint
+from lorikeet.model.cache_scales import LARGEST, ROOM, find_scales, of_checkpoint, stored_names
 from lorikeet.model.shard import Shard
 from lorikeet.model.weights import load
 
@@ -44,10 +47,7 @@ def test_the_largest_keys_and_values_are_those_of_transformers(
         reach_k, reach_v = k * LARGEST / ROOM, v * LARGEST / ROOM
         assert (keys[i] <= reach_k).all() and (reach_k <= 2 * 2**0.5 * keys[i]).all()
         assert (values[i] <= reach_v * 1.00001).all() and (reach_v <= 2.00001 * values[i]).all()
-    again = find_scales(spec, weights, ReferenceOps(), 100)
-    assert all(
-        torch.equal(a, b) for one, other in zip(found, again, strict=True) for a, b in zip(one, other, strict=True)
-    )
+    assert numbers(find_scales(spec, weights, ReferenceOps(), 100)) == numbers(found)
 
 
 @given(st.floats(2**-60, 2**60, width=32))
@@ -98,7 +98,7 @@ def stored(spec: Any, shape: tuple[int, ...] = (1,)) -> dict[str, torch.Tensor]:
 def test_a_rank_takes_the_scales_of_its_heads(small_spec: Any, shape: tuple[int, ...]) -> None:
     spec = replace(small_spec, num_kv_heads=4, num_heads=8)
     tensors = stored(spec, shape)
-    assert all(is_stored_scale(name, spec) for name in tensors)
+    assert [name for pair in stored_names(spec) for name in pair] == list(tensors)
     whole = of_checkpoint(tensors, tensors.__getitem__, Shard(spec))
     assert whole is not None and len(whole) == spec.num_layers
     for layer, (k, v) in enumerate(whole):
@@ -122,8 +122,6 @@ def test_a_rank_takes_the_scales_of_its_heads(small_spec: Any, shape: tuple[int,
 def test_what_a_checkpoint_cannot_say(small_spec: Any) -> None:
     tensors = stored(small_spec)
     assert of_checkpoint({}, tensors.__getitem__, Shard(small_spec)) is None
-    assert not is_stored_scale("model.layers.9.self_attn.k_scale", small_spec)
-    assert not is_stored_scale("model.layers.0.self_attn.q_scale", small_spec)
     some = dict(list(tensors.items())[:-1])
     with pytest.raises(ModelError, match=r"layers.1.self_attn.v_scale is missing \(1 of 4 scales"):
         of_checkpoint(some, some.__getitem__, Shard(small_spec))
@@ -132,6 +130,59 @@ def test_what_a_checkpoint_cannot_say(small_spec: Any) -> None:
         with pytest.raises(ModelError, match=said) as refused:
             of_checkpoint(tensors, (tensors | {name: value}).__getitem__, Shard(small_spec))
         assert refused.value.param == name
+
+
+CACHE_ALONE: dict[str, Any] = {  # as llm-compressor writes it
+    "quant_method": "compressed-tensors", "format": "dense", "ignore": ["lm_head"], "quantization_status": "frozen",
+    "config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True},
+}  # fmt: skip
+OF_WEIGHTS = {"config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}}}
+
+
+def numbers(scales: Any) -> list[list[list[float]]]:
+    return [[side.tolist() for side in pair] for pair in scales]
+
+
+def with_scales(plain: Path, folder: Path, quantised: dict[str, Any], more: dict[str, torch.Tensor]) -> Path:
+    shutil.copytree(plain, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_scales_of_a_checkpoint_are_used(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    plain = checkpoint("qwen3")
+    spec, without = load(plain, torch.float32)
+    assert without.cache_scales is None
+    tensors = {name: value.bfloat16() for name, value in stored(spec, (2,)).items()}
+    folder = with_scales(plain, tmp_path / "quantised", CACHE_ALONE, tensors)
+    for ranks in (1, 2):
+        for rank in range(ranks):
+            _, weights = load(folder, torch.float32, rank=rank, ranks=ranks)
+            expected = of_checkpoint(tensors, tensors.__getitem__, Shard(spec, rank, ranks))
+            assert numbers(weights.cache_scales) == numbers(expected)
+    _, weights = load(folder, torch.float32)
+    assert weights.cache_scales is not None
+    roomy = replace(weights, cache_scales=[(k / 16, v / 16) for k, v in weights.cache_scales])
+    assert numbers(find_scales(spec, roomy, ReferenceOps(), 64)) == numbers(roomy.cache_scales)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        OF_WEIGHTS,
+        {"kv_cache_scheme": None},
+        {"kv_cache_scheme": {"num_bits": 8, "type": "int"}},
+        {"quant_method": "fp8"},
+    ],
+)
+def test_other_quantised_checkpoints_are_refused(
+    checkpoint: Callable[..., Path], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = with_scales(checkpoint("qwen3"), tmp_path / "quantised", CACHE_ALONE | change, {})
+    with pytest.raises(ModelError, match="quantization_config"):
+        load(folder, torch.float32)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ largest number there is, never as NaN (`kernels.gpu_rows.stored`).
 
 A quantiser may have left scales in the checkpoint (`of_checkpoint`). Without them they are found when the engine
 starts, by a pass over fixed tokens: 1.0 would do for most models, and cut off the keys of others. The pass is made in
-either case, since it shows what no scale can help: keys that differ by less than what fp8 rounds off, as a large bias of
-the key projection makes them. Such a model is refused.
+either case, since it shows what no scale can help: keys that differ by less than what fp8 rounds off, as they do where
+the key projection has a large bias. Such a model is refused.
 """
 
 from __future__ import annotations
@@ -142,9 +142,10 @@ def _batch(spec: ModelSpec, count: int, device: torch.device | str) -> Batch:
 # --- in a checkpoint ----------------------------------------------------------------------------------------------
 
 
-def is_stored_scale(name: str, spec: ModelSpec) -> bool:
-    """Whether a checkpoint's tensor is a scale of the cache."""
-    return any(name in _stored_names(layer) for layer in range(spec.num_layers))
+def stored_names(spec: ModelSpec) -> list[tuple[str, str]]:
+    """The tensors of a checkpoint that are scales, by layer, as llm-compressor writes and vLLM reads them."""
+    modules = [layer_module(layer, "self_attn") for layer in range(spec.num_layers)]
+    return [(f"{module}.k_scale", f"{module}.v_scale") for module in modules]
 
 
 def of_checkpoint(names: Collection[str], read: Callable[[str], Tensor], shard: Shard) -> list[Scales] | None:
@@ -153,7 +154,7 @@ def of_checkpoint(names: Collection[str], read: Callable[[str], Tensor], shard: 
     `names` are the checkpoint's tensors, `read` gives one as it lies: one number for all heads, or one for each.
     Raises ModelError where some are missing, of another shape, or not above zero.
     """
-    layers = [_stored_names(layer) for layer in range(shard.whole.num_layers)]
+    layers = stored_names(shard.whole)
     wanted = [name for pair in layers for name in pair]
     missing = [name for name in wanted if name not in names]
     if len(missing) == len(wanted):
@@ -165,11 +166,6 @@ def of_checkpoint(names: Collection[str], read: Callable[[str], Tensor], shard: 
             param=missing[0],
         )
     return [(_read_scale(k, read(k), shard), _read_scale(v, read(v), shard)) for k, v in layers]
-
-
-def _stored_names(layer: int) -> tuple[str, str]:
-    """As llm-compressor and vLLM call them."""
-    return layer_module(layer, "self_attn.k_scale"), layer_module(layer, "self_attn.v_scale")
 
 
 def _read_scale(name: str, stored: Tensor, shard: Shard) -> Tensor:

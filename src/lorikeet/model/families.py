@@ -160,6 +160,15 @@ class _Fields:
         return str(value)
 
 
+def _quantises_cache_alone(quantised: dict[str, Any]) -> bool:
+    """Whether all that a quantiser added are scales of an fp8 key-value cache (`model.cache_scales`)."""
+    scheme, groups = quantised.get("kv_cache_scheme"), quantised.get("config_groups") or {}
+    if quantised.get("quant_method") != "compressed-tensors" or not isinstance(scheme, dict):
+        return False
+    touched = [group.get(part) for group in groups.values() for part in ("weights", "input_activations")]
+    return not any(touched) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+
+
 def _refuse_unsupported(fields: _Fields, family: str) -> None:
     config = fields.config
     architectures = config.get("architectures")
@@ -168,7 +177,10 @@ def _refuse_unsupported(fields: _Fields, family: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise fields.error("hidden_act", "silu", config["hidden_act"])
     quantised = config.get("quantization_config")
-    if quantised and (not isinstance(quantised, dict) or quantised.get("quant_method") != "bitsandbytes"):
+    if quantised and (
+        not isinstance(quantised, dict)
+        or (quantised.get("quant_method") != "bitsandbytes" and not _quantises_cache_alone(quantised))
+    ):
         found = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelError(
             f"{fields.path}: quantization_config.quant_method: expected 'bitsandbytes', found {found!r}",

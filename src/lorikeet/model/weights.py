@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lorikeet.adapters.stored import Tensor as Stored
 from lorikeet.adapters.stored import is_quantised, open_tensors
 from lorikeet.errors import ModelError
 from lorikeet.kernels.weight import DenseWeight, Table, Weight
+from lorikeet.model.cache_scales import of_checkpoint, stored_names
 from lorikeet.model.decoder import DecoderWeights, LayerWeights
 from lorikeet.model.families import load_spec
 from lorikeet.model.names import EMBED, FINAL_NORM, HEAD, MODULES, NORMS, checkpoint_shapes, layer_module
@@ -61,7 +62,8 @@ def load(
             embed, head = DenseWeight(table), make_table(part)
         cos, sin = rope_tables(spec, dtype, device)
         norm = source.tensor(f"{FINAL_NORM}.weight")
-        return spec, DecoderWeights(embed, layers, norm, head, cos, sin)
+        scales = of_checkpoint(source.names, source.as_it_lies, shard)
+        return spec, DecoderWeights(embed, layers, norm, head, cos, sin, scales)
 
 
 def rope_tables(
@@ -122,6 +124,7 @@ class _Checkpoint:
     def __init__(self, folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.shapes = checkpoint_shapes(spec)
+        self._scales = {name for pair in stored_names(spec) for name in pair}
         self._files: dict[str, safe_open] = {}
         opened = {path: self._open(path) for path in checkpoint_files(folder)}
         self._stored = _open_quantised(opened) if is_quantised(self._files) else None
@@ -131,6 +134,14 @@ class _Checkpoint:
         if missing:
             raise ModelError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
         self._check_tied_head(folder, spec)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def as_it_lies(self, name: str) -> Tensor:
+        stored: Tensor = self._files[name].get_tensor(name)
+        return stored
 
     def tensor(self, name: str) -> Tensor:
         return self.joined([name])
@@ -186,7 +197,7 @@ class _Checkpoint:
             expected = self.shapes.get(name)
             if expected is None:
                 # Older checkpoints carry the rotary frequencies, which follow from the config.
-                if name == f"{HEAD}.weight" or name.endswith("rotary_emb.inv_freq"):
+                if name == f"{HEAD}.weight" or name.endswith("rotary_emb.inv_freq") or name in self._scales:
                     continue
                 raise ModelError(f"{path}: unexpected tensor {name} {list(shape)}", param=name)
             if shape != expected:
