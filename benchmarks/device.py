@@ -364,8 +364,10 @@ def floors(
     """Least seconds of a decode step, what it would read without its adapters, and how fast prompts were at most."""
     rank = float(np.mean([adapters.ranks[i] for i in chosen])) if chosen else 0.0
     size = choose_dtype("auto", options.device).itemsize
-    linear = QUANTISED.get(dict(map(setting, options.set)).get("quantize", "none"), size)
-    shares, sizes = (len(set(chosen)), len(chosen), rank), Itemsizes(linear, size)
+    settings = dict(map(setting, options.set))
+    linear = QUANTISED.get(settings.get("quantize", "none"), size)
+    cache = 1 if settings.get("kv_cache_dtype") == "fp8" else size
+    shares, sizes = (len(set(chosen)), len(chosen), rank), Itemsizes(linear, size, cache)
     tokens = options.prompt + options.new / 2 if sample["context"] is None else sample["context"]
     step: Work = decode_work(spec, sizes, n, tokens, *shares)
     bare: Work = decode_work(spec, sizes, n, tokens, 0, 0, 0)

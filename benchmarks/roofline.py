@@ -83,10 +83,11 @@ def rank_size(spec: ModelSpec) -> int:
 
 @dataclass(frozen=True)
 class Itemsizes:
-    """Bytes of a number: in the linear layers, and in embedding, cache and adapters."""
+    """Bytes of a number: in the linear layers, in embedding, cache and adapters, and in a cache that differs."""
 
     linear: float
     other: int
+    cache: int | None = None
 
 
 # Of a number in the linear layers, by `--quantize`; four bits have a scale and a zero for every 64.
@@ -106,7 +107,7 @@ def decode_work(spec: ModelSpec, sizes: Itemsizes, rows: int, context: int, dist
     low_rank = rank * rank_size(spec)
     attention = 4 * rows * context * spec.num_layers * spec.q_size
     return Work(
-        weight_bytes(spec, sizes) + sizes.other * (cache + distinct * low_rank),
+        weight_bytes(spec, sizes) + (sizes.cache or sizes.other) * cache + sizes.other * distinct * low_rank,
         2 * (rows * weights + adapted * low_rank) + attention,
     )
 

@@ -24,6 +24,9 @@ def test_the_8b_shape_is_the_published_one() -> None:
     step = decode_work(spec, Itemsizes(2, 2), rows=64, context=0, distinct=64, adapted=64, rank=16)
     bare = decode_work(spec, Itemsizes(2, 2), rows=64, context=0, distinct=0, adapted=0, rank=0)
     assert step.bytes - bare.bytes == pytest.approx(64 * 83.9e6, rel=1e-3)
+    long = {"rows": 64, "context": 640, "distinct": 0, "adapted": 0, "rank": 0}
+    full, small = (decode_work(spec, Itemsizes(2, 2, cache), **long).bytes for cache in (None, 1))
+    assert full - small == pytest.approx(64 * 640 * 65536)
 
 
 def test_uniform_traffic_draws_from_all() -> None:
