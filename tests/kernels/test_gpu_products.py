@@ -121,3 +121,22 @@ def test_int4_is_the_same_on_both_devices(device: str) -> None:
     plain = drawn((48, 128))
     here, there = Int4Weight(plain), GpuInt4Weight(plain.to(device))
     torch.testing.assert_close(there.dequantised().cpu(), here.dequantised(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 16, 33, 64, 256, 300])
+def test_large_products(form: str, rows: int, device: str) -> None:
+    """The shapes of an 8B model, of which the interpreter would take hours, and in a graph."""
+    generator = torch.Generator(device).manual_seed(rows)
+    for shape in ((6144, 4096), (4096, 14336)):
+        plain = torch.randn(shape, generator=generator, device=device).bfloat16()
+        weight, x = FORMS[form](plain, None), torch.randn(rows, shape[1], generator=generator, device=device).bfloat16()
+        expected = x.double() @ weight.dequantised().double().T
+        assert (weight.linear(x).double() - expected).norm() < 1e-2 * expected.norm()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = weight.linear(x)
+        x.mul_(-2)
+        graph.replay()
+        assert (found.double() + 2 * expected).norm() < 2e-2 * expected.norm()

@@ -123,6 +123,11 @@ def test_defaults_are_those_of_the_family(tmp_path: Path) -> None:
     assert spec_of(tmp_path, "llama", rope_theta="absent", rms_norm_eps="absent").rope_theta == 10000.0
 
 
+@pytest.mark.parametrize("told", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"load_in_4bit": True}, None])
+def test_bitsandbytes_is_read(told: Any, tmp_path: Path) -> None:
+    assert spec_of(tmp_path, quantization_config=told) == spec_of(tmp_path)
+
+
 def test_stop_ids_come_from_both_files(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
     assert spec_of(tmp_path, eos_token_id=8).eos_ids == (7, 8, 9)

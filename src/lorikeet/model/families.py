@@ -176,17 +176,7 @@ def _refuse_unsupported(fields: _Fields, family: str) -> None:
         raise fields.error("architectures", ARCHITECTURES[family], architectures)
     if config.get("hidden_act", "silu") != "silu":
         raise fields.error("hidden_act", "silu", config["hidden_act"])
-    quantised = config.get("quantization_config")
-    if quantised and (
-        not isinstance(quantised, dict)
-        or (quantised.get("quant_method") != "bitsandbytes" and not _quantises_cache_alone(quantised))
-    ):
-        found = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(
-            f"{fields.path}: quantization_config.quant_method: expected 'bitsandbytes', found {found!r}",
-            hint="dequantise the base first, or take the one that was quantised",
-            param="quantization_config",
-        )
+    _check_quantisation(fields)
     biases = {"llama": (), "qwen3": ("mlp_bias",)}.get(family, ("attention_bias", "mlp_bias"))
     for name in biases:
         if config.get(name):
@@ -199,6 +189,24 @@ def _refuse_unsupported(fields: _Fields, family: str) -> None:
                 hint=f"{family} models are computed without it; remove it if it does not change the forward pass",
                 param=name,
             )
+
+
+def _check_quantisation(fields: _Fields) -> None:
+    """Tensors in the forms of bitsandbytes are read (`adapters.stored`), and scales of a cache; nothing else is."""
+    told = fields.config.get("quantization_config")
+    if not told:
+        return
+    method = told.get("quant_method") if isinstance(told, dict) else told
+    if isinstance(told, dict):
+        if method is None and (told.get("load_in_4bit") or told.get("load_in_8bit")):
+            return  # as transformers wrote it at first
+        if method == "bitsandbytes" or _quantises_cache_alone(told):
+            return
+    raise ModelError(
+        f"{fields.path}: quantization_config.quant_method: expected 'bitsandbytes', found {method!r}",
+        hint="dequantise the base first, or take the one that was quantised",
+        param="quantization_config",
+    )
 
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
