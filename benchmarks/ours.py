@@ -117,7 +117,7 @@ class ServerSide:
             if not (link := self._root / name).exists():
                 link.symlink_to(folder.absolute(), target_is_directory=True)
         self.url = f"http://127.0.0.1:{_free_port()}"
-        self._log = (setup.folder / "server.log").open("w+")
+        self._log = (self._root.parent / "server.log").open("w+")
         options = [_flag(name.replace("_", "-"), value) for name, value in setup.engine_settings().items()]
         self._server = subprocess.Popen(
             [sys.executable, "-m", "lorikeet", "serve", "--model", setup.fixture.model, "--adapters", str(self._root),
