@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -434,6 +435,34 @@ def test_evaluations(catalog: Catalog, who: Actor) -> None:
     assert len(catalog.evaluations.find(who, task="banking77")) == 2
     catalog.versions.delete(who, "intent", 1)
     assert [each.score for each in catalog.evaluations.find(who)] == [0.1]
+
+
+def test_standings(catalog: Catalog, who: Actor, clock: Clock) -> None:
+    """Of each task and metric the newest of every living version and of the base, however many there are."""
+    catalog.repositories.create(who, "intent")
+    versions = [catalog.versions.add(who, "intent", content(catalog)) for _ in range(3)]
+
+    def add(score: float, version: int | None, task: str = "t", metric: str = "accuracy", by: Actor = who) -> None:
+        clock.now += 1
+        of = None if version is None else versions[version - 1].id
+        catalog.evaluations.add(by, base="nano", task=task, metric=metric, n=9, score=score, version_id=of)
+
+    for score, version in ((0.9, 1), (0.2, None), (0.5, 1), (0.7, 2), (0.99, 3), (0.3, None)):
+        add(score, version)
+    add(0.4, 2, metric="f1")
+    add(0.6, 1, task="u")
+    catalog.versions.delete(who, "intent", 3)
+
+    def told(by: Actor, **fields: Any) -> list[tuple[str, str, str | None, float]]:
+        found = catalog.evaluations.standings(by, **fields)
+        return [(one.evaluation.task, one.evaluation.metric, one.reference, one.evaluation.score) for one in found]
+
+    first = [("t", "accuracy", "intent/2", 0.7), ("t", "accuracy", "intent/1", 0.5), ("t", "accuracy", None, 0.3)]
+    assert told(who) == [*first, ("t", "f1", "intent/2", 0.4), ("u", "accuracy", "intent/1", 0.6)]
+    assert told(who, task="u") == [("u", "accuracy", "intent/1", 0.6)]
+    assert told(Actor(tenant=who.tenant, repositories=frozenset())) == [first[-1]]
+    assert told(Actor(tenant="another")) == []
+    assert {one.bytes for one in catalog.evaluations.standings(who)} == {None, versions[0].bytes}
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,8 @@ def is_complaint(kind: str, text: str) -> bool:
 @pytest.fixture(scope="session")
 def stub_urls() -> Iterator[Callable[[str], str]]:
     """`stub_urls(mode)`: the address of a stub that tests only look at."""
-    with running(Stub()) as plain, running(Stub("hostile")) as hostile, running(Stub("empty")) as empty:
-        urls = {"plain": plain, "hostile": hostile, "empty": empty}
+    with ExitStack() as stack:
+        urls = {mode: stack.enter_context(running(Stub(mode))) for mode in ("plain", "hostile", "empty", "many")}
         yield urls.__getitem__
 
 

@@ -1,7 +1,7 @@
 """The page over an API that says what it is told, for what a live server cannot show at will: hostile texts in every
 field, curves that turn, a server that is empty or asks for a key.
 
-    python -m tests.ui.stub 8123 [hostile | empty | locked]
+    python -m tests.ui.stub 8123 [hostile | many | empty | locked]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SECRET = "lk_" + "s" * 43
 
 
 class Stub:
-    """`mode`: plain, hostile, empty or locked. `asked` holds (method, path, body) of what changed something."""
+    """`mode`: plain, hostile, many, empty or locked. `asked` holds (method, path, body) of what changed something."""
 
     def __init__(self, mode: str = "plain") -> None:
         self.mode = mode
@@ -152,6 +152,8 @@ class Stub:
 
     def leaderboard(self) -> list[Json]:
         say = self.say
+        if self.mode == "many":
+            return [self.crowded(i) for i in range(20)]
         task = {"task": say("intent"), "metric": say("accuracy"), "n": 300, "base": {"score": 0.31, "ci": [0.26, 0.36]},
                 "baseline": {"score": 0.842, "ci": [0.8, 0.88]},
                 "adapters": [{"ref": say("intent/2"), "score": 0.912, "ci": [0.88, 0.94], "train_seconds": 84.2,
@@ -159,6 +161,17 @@ class Stub:
                              {"ref": say("intent/1"), "score": 0.33, "ci": [0.28, 0.39], "train_seconds": 20.0,
                               "adapter_bytes": 3_300_000, "p50_ms": 40.0}]}  # fmt: skip
         return [] if self.mode == "empty" else [task, task | {"task": say("sentiment"), "baseline": None}]
+
+    def crowded(self, i: int) -> Json:
+        """A task on which 200 adapters were judged; every third one has a second metric, as a task may."""
+        name = f"{'a-very-long-name-of-a-task-' if i % 5 == 0 else 'task-'}{i - (i % 3 == 1)}"
+        cost = {"train_seconds": 100.0, "core_seconds": 12_345.0, "adapter_bytes": 10**6, "p50_ms": 40.0, "p95_ms": 9e4}
+        adapters = [
+            {"ref": f"team-{n % 7}-adapter-of-{name}/{n}", "score": 0.95 - n / 400, "ci": [0.9 - n / 400, 0.97], **cost}
+            for n in range(200)
+        ]
+        return {"task": name, "metric": "rouge_l" if i % 3 == 1 else "accuracy", "n": 100_000,
+                "base": {"score": 0.31, "ci": [0.26, 0.36]}, "baseline": None, "adapters": adapters}  # fmt: skip
 
     def key(self, name: str, **fields: Any) -> Json:
         made = {"id": f"key-{name}", "name": self.say(name), "prefix": "lk_abcdefg", "role": "user", "user_id": None,
@@ -392,8 +405,11 @@ def _add_serving(app: FastAPI, stub: Stub) -> None:
         return StreamingResponse(messages(), media_type="text/event-stream")
 
     @app.get("/api/leaderboard")
-    def leaderboard() -> Json:
-        return {"tasks": stub.leaderboard()}
+    def leaderboard(task: str = "", adapters: int = 1000) -> Json:
+        tasks = [one for one in stub.leaderboard() if task in ("", one["task"])]
+        return {"tasks": [
+            one | {"judged": len(one["adapters"]), "adapters": one["adapters"][:adapters]} for one in tasks
+        ]}  # fmt: skip
 
     @app.get("/api/demo")
     def demo() -> Json:

@@ -337,6 +337,31 @@ def test_nothing_starts_while_the_audit_has_errors(open_page: Open, stub: tuple[
     assert job["recipe"]["prompt"] == "Say: {text}" and job["recipe"]["rank"] == 8
 
 
+@pytest.mark.parametrize("width", [375, 1440])
+def test_a_leaderboard_of_many(open_page: Open, stub_urls: Urls, width: int) -> None:
+    """Twenty tasks, some with two metrics, two hundred adapters each: the best is in sight, all else a step away."""
+    page = open_page(stub_urls("many"), width=width)
+    go(page, stub_urls("many"), "leaderboard")
+    expect(page.get_by_role("row")).to_have_count(21)
+    for title in ("Task", "Best adapter", "Base"):  # without scrolling sideways
+        box = page.get_by_role("columnheader", name=title, exact=True).bounding_box()
+        assert box is not None and box["x"] + box["width"] <= width
+    assert violations(page) == []
+    page.get_by_label("Everything").check()
+    expect(page.get_by_role("row")).to_have_count(20 * (1 + 10 + 1))
+    expect(page.get_by_role("table", name="Results of task-3, rouge_l")).to_contain_text("team-0-adapter-of-task-3/0")
+    assert violations(page) == []
+    page.get_by_role("button", name="All 200 adapters of task-8").click()
+    expect(page.get_by_role("row")).to_have_count(1 + 200 + 1)
+    expect(page.get_by_label("Task", exact=True)).to_have_value("task-8")
+    page.get_by_label("Task", exact=True).select_option("task-3")
+    expect(page.get_by_role("table")).to_have_count(2)  # one a metric
+    assert page.evaluate("() => document.documentElement.scrollWidth - innerWidth") <= 0
+    page.get_by_label("Best of each task").check()
+    page.get_by_role("button", name="task-14").click()
+    expect(page.get_by_role("heading", level=2)).to_contain_text("task-14")
+
+
 def test_a_run_says_what_it_costs_so_far(open_page: Open, stub_urls: Urls) -> None:
     page = open_page(f"{stub_urls('plain')}/#/runs/job0")
     expect(page.locator("dl.facts div").filter(has_text="Core-seconds")).to_contain_text("61")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, or_, select, true
+from sqlalchemy import ColumnElement, Select, func, or_, select, true
 from sqlalchemy.orm import Session
 
 from lorikeet.registry.audit import checked_limit, log_change, not_found, to_record
 from lorikeet.registry.database import Part, change, query
-from lorikeet.registry.records import Actor, Evaluation
-from lorikeet.registry.schema import DatasetRow, EvaluationRow, JobRow, VersionRow
+from lorikeet.registry.records import Actor, Evaluation, Standing
+from lorikeet.registry.schema import DatasetRow, EvaluationRow, JobRow, RepositoryRow, VersionRow
 from lorikeet.registry.versions import find_version
 
 
@@ -68,20 +68,52 @@ class Evaluations(Part):
         limit: int = 1000,
     ) -> list[Evaluation]:
         """Newest first; those of living versions and of bases, as far as the actor may use them."""
-        alive = EvaluationRow.version_id.is_(None) | VersionRow.deleted.is_(None)
-        wanted = (
-            select(EvaluationRow)
-            .outerjoin(VersionRow, VersionRow.id == EvaluationRow.version_id)
-            .outerjoin(JobRow, JobRow.id == EvaluationRow.job_id)
-            .where(EvaluationRow.tenant_id == who.tenant, alive, _granted(who))
-            .order_by(EvaluationRow.created.desc(), EvaluationRow.id)
-        )
+        wanted = _usable(select(EvaluationRow), who).order_by(EvaluationRow.created.desc(), EvaluationRow.id)
         for column, value in (
             (EvaluationRow.version_id, version_id), (EvaluationRow.task, task), (EvaluationRow.job_id, job_id),
         ):  # fmt: skip
             if value is not None:
                 wanted = wanted.where(column == value)
         return [to_record(Evaluation, row) for row in session.scalars(wanted.limit(checked_limit(limit)))]
+
+    @query
+    def standings(self, session: Session, who: Actor, *, task: str | None = None) -> list[Standing]:
+        """Of each task and metric the newest result of every living version and of the base, the best first.
+
+        Those that the actor may use, however many there are.
+        """
+        of_one = (EvaluationRow.task, EvaluationRow.metric, EvaluationRow.version_id)
+        newest = (EvaluationRow.created.desc(), EvaluationRow.id)
+        turn = func.row_number().over(partition_by=of_one, order_by=newest).label("turn")
+        wanted = _usable(select(EvaluationRow.id, turn), who)
+        if task is not None:
+            wanted = wanted.where(EvaluationRow.task == task)
+        ranked = wanted.subquery()
+        rows = session.execute(
+            select(EvaluationRow, VersionRow.number, VersionRow.bytes, RepositoryRow.name)
+            .join(ranked, ranked.c.id == EvaluationRow.id)
+            .outerjoin(VersionRow, VersionRow.id == EvaluationRow.version_id)
+            .outerjoin(RepositoryRow, RepositoryRow.id == VersionRow.repository_id)
+            .where(ranked.c.turn == 1)
+            .order_by(EvaluationRow.task, EvaluationRow.metric, EvaluationRow.score.desc(), EvaluationRow.id)
+        )
+        return [
+            Standing(
+                evaluation=to_record(Evaluation, row), reference=None if number is None else f"{name}/{number}",
+                bytes=size,
+            )
+            for row, number, size, name in rows
+        ]  # fmt: skip
+
+
+def _usable(wanted: Select[Any], who: Actor) -> Select[Any]:
+    """Of evaluations those of living versions and of bases, as far as the actor may use them."""
+    alive = EvaluationRow.version_id.is_(None) | VersionRow.deleted.is_(None)
+    return (
+        wanted.outerjoin(VersionRow, VersionRow.id == EvaluationRow.version_id)
+        .outerjoin(JobRow, JobRow.id == EvaluationRow.job_id)
+        .where(EvaluationRow.tenant_id == who.tenant, alive, _granted(who))
+    )
 
 
 def _granted(who: Actor) -> ColumnElement[bool]:

@@ -312,6 +312,14 @@ class Evaluation(Record, frozen=True, kw_only=True):
     created_by: str
 
 
+class Standing(Record, frozen=True, kw_only=True):
+    """A version's newest result of a task and metric; `reference` and `bytes` are the version's, None: the base."""
+
+    evaluation: Evaluation
+    reference: str | None
+    bytes: int | None
+
+
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 

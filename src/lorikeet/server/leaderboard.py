@@ -7,8 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from lorikeet import __version__
-from lorikeet.errors import NotFoundError
-from lorikeet.registry.records import Actor, Evaluation
+from lorikeet.registry.records import Actor, Evaluation, Standing
 from lorikeet.server.auth import needs, principal
 from lorikeet.server.listing import Query
 from lorikeet.server.platform import Platform
@@ -16,7 +15,6 @@ from lorikeet.server.replies import json_reply
 from lorikeet.server.state import ServerState
 
 Json = dict[str, Any]
-EVALUATIONS = 1000  # the newest
 COSTS = ("train_seconds", "core_seconds", "p50_ms", "p95_ms")  # of a result, where they were measured
 
 
@@ -26,9 +24,14 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
     @router.get("/api/leaderboard")
     @needs("user")
     async def leaderboard(request: Request) -> Response:
-        """Of each task and metric the newest result of the base and of every version that was judged."""
-        task = Query(request, "task").text("task")
-        return json_reply({"tasks": await platform.run_slow(_tasks, platform, principal(request).actor, task)})
+        """Of each task and metric the newest result of the base and of every version that was judged.
+
+        `?adapters=10`: of the best ten; `judged` is how many there are.
+        """
+        query = Query(request, "task", "adapters")
+        most = query.number("adapters", 0, least=1) or None
+        who, task = principal(request).actor, query.text("task")
+        return json_reply({"tasks": await platform.run_slow(_tasks, platform, who, task, most)})
 
     @router.get("/api/info")
     @needs("user")
@@ -48,45 +51,33 @@ def routes(state: ServerState, platform: Platform) -> APIRouter:
     return router
 
 
-def _tasks(platform: Platform, who: Actor, task: str | None) -> list[Json]:
-    catalog = platform.catalog
-    groups: dict[tuple[str, str], list[Evaluation]] = {}
-    for one in catalog.evaluations.find(who, task=task, limit=EVALUATIONS):
-        groups.setdefault((one.task, one.metric), []).append(one)
-    return [_task(platform, who, name, metric, found) for (name, metric), found in sorted(groups.items())]
+def _tasks(platform: Platform, who: Actor, task: str | None, most: int | None) -> list[Json]:
+    groups: dict[tuple[str, str], list[Standing]] = {}
+    for one in platform.catalog.evaluations.standings(who, task=task):
+        groups.setdefault((one.evaluation.task, one.evaluation.metric), []).append(one)
+    return [_task(found, most) for found in groups.values()]
 
 
-def _task(platform: Platform, who: Actor, task: str, metric: str, found: list[Evaluation]) -> Json:
-    """`found` newest first."""
-    base = next((one for one in found if one.version_id is None), None)
-    baseline = next((one.result for one in found if one.result.get("baseline") is not None), None)
-    newest: dict[str, Evaluation] = {}
-    for one in found:
-        if one.version_id is not None:
-            newest.setdefault(one.version_id, one)
-    adapters = [row for one in newest.values() if (row := _adapter(platform, who, one)) is not None]
-    adapters.sort(key=lambda row: -row["score"])
+def _task(found: list[Standing], most: int | None) -> Json:
+    """`found`: the best first; `most` adapters are told of."""
+    newest = sorted((one.evaluation for one in found), key=lambda one: -one.created)
+    base = next((one for one in newest if one.version_id is None), None)
+    baseline = next((one.result for one in newest if one.result.get("baseline") is not None), None)
+    adapters = [one for one in found if one.reference is not None]
     return {
-        "task": task, "metric": metric, "n": found[0].n,
+        "task": newest[0].task, "metric": newest[0].metric, "n": newest[0].n, "judged": len(adapters),
         "base": None if base is None else {"score": base.score, "ci": _interval(base)},
         "baseline": None if baseline is None else {"score": baseline["baseline"], "ci": baseline.get("baseline_ci")},
-        "adapters": adapters,
+        "adapters": [_adapter(one) for one in adapters[:most]],
     }  # fmt: skip
 
 
-def _adapter(platform: Platform, who: Actor, one: Evaluation) -> Json | None:
-    """None for a version that is deleted."""
-    assert one.version_id is not None
-    try:
-        version = platform.catalog.versions.by_id(who, one.version_id)
-    except NotFoundError:
-        return None
-    if version.deleted is not None:
-        return None
+def _adapter(one: Standing) -> Json:
+    judged = one.evaluation
     return {
-        "ref": version.reference, "score": one.score, "ci": _interval(one), "n": one.n,
-        **{name: one.result.get(name) for name in COSTS}, "adapter_bytes": version.bytes, "evaluation": one.id,
-        "job": one.job_id, "at": one.created,
+        "ref": one.reference, "score": judged.score, "ci": _interval(judged), "n": judged.n,
+        **{name: judged.result.get(name) for name in COSTS}, "adapter_bytes": one.bytes, "evaluation": judged.id,
+        "job": judged.job_id, "at": judged.created,
     }  # fmt: skip
 
 
