@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ def launches(fp8: bool) -> None:
     for window in (None, 4096):
         work = gpu_attention.AttentionWork(batch, HEADS, window, gpu_attention.tuning_of(q))
         gpu_attention.attention(q, k, v, work, cache)
+        if fp8:  # scales are found without a cache
+            bare = replace(batch, block_table=None, cache_slot=None)
+            work = gpu_attention.AttentionWork(bare, HEADS, window, gpu_attention.tuning_of(q))
+            gpu_attention.attention(q, k, v, work, None)
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ def test_all_kernels_compile_and_none_spills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = [kernel["kernel"] for kernel in kernels]
-    assert names.count("short_kernel") == 2 and names.count("long_kernel") == 4  # bf16 and fp8, with and without window
+    # bf16, fp8 and no cache, with and without a window
+    assert names.count("short_kernel") == 2 and names.count("long_kernel") == 6
     assert {"work_kernel", "combine_kernel", "rope_kernel", "add_rms_norm_kernel", "pick_kernel"} < set(names)
     for kernel in kernels:
         assert kernel["stack"] <= 64, f"registers do not suffice: {kernel}"
