@@ -1,14 +1,15 @@
 """Products of bf16 rows with weights in 8 or 4 bits on a GPU: what is read of a weight are its stored bytes.
 
-A program has all columns for some outputs: it reads blocks of the weight, widens them in registers and multiplies on
-matrix units, with sums in fp32. int8 becomes bf16 without a loss and is scaled once at the end. Four bits come in
-groups of 64 columns, of which one byte holds two that are 32 apart, so that x is read along its rows as well; what they
-mean is `(index - 8) * scale + zero` (int4), or a table's value times a scale (NF4, FP4).
+A program has all columns for some outputs: it reads blocks of the weight ahead of their use, widens them in registers
+and multiplies on matrix units, with sums in fp32. int8 becomes bf16 without a loss and is scaled once at the end. Four
+bits come in groups of 64 columns, of which one byte holds two that are 32 apart, so that x is read along its rows as
+well; each becomes the bf16 number that dequantising makes of it: `(index - 8) * scale + zero` (int4), or the value of a
+table times a scale (NF4).
 
 With many rows every tile of rows widens the weight anew: it pays to widen it once, for the vendor library's product
-(`dequantise_int8`, `dequantise_four_bits`). Block sizes and the number of rows are reasoned, not measured: of one
-weight's time at a large device's bandwidth, dequantising costs 5 (1 read, 2 written, 2 read again), and the product
-here at 256 rows about 6.
+(`dequantise_int8`, `dequantise_four_bits`). Block sizes and the number of rows are reasoned, not measured: in units of
+the time in which a large device reads an int8 weight, dequantising costs 5 (1 read, 2 written, 2 read again) and the
+vendor's product of 256 rows 3; the product here has about 6 of arithmetic at 256 rows, and 3 at 128.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,untyped-decorator"
 
@@ -56,6 +57,13 @@ def int8_kernel(out, x, stored, scale, bias, rows, n, k, ldx,
     finish(out, total, bias, m, at, rows, n, BIAS)
 
 
+@triton.jit
+def halves(pair):
+    """The two bf16 numbers in each int32, the first in its low half, as fp32."""
+    first = (pair << 16).to(tl.float32, bitcast=True)
+    return first, (pair >> 16 << 16).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def four_bits_kernel(out, x, packed, scale, table, bias, rows, n, k, ldx, TABLE: tl.constexpr, BIAS: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
@@ -64,6 +72,8 @@ def four_bits_kernel(out, x, packed, scale, table, bias, rows, n, k, ldx, TABLE:
     at = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     c, groups = tl.arange(0, _HALF), k // (2 * _HALF)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TABLE:
+        sixteen = tl.load(table + tl.arange(0, 16))
     for first in range(0, groups, GROUPS):
         for i in tl.static_range(GROUPS):
             column = c + (first + i) * (2 * _HALF)
@@ -73,20 +83,16 @@ def four_bits_kernel(out, x, packed, scale, table, bias, rows, n, k, ldx, TABLE:
             inside = (m < rows)[:, None] & (column < k)[None, :]
             one, two = tl.load(of_x, mask=inside, other=0), tl.load(of_x + _HALF, mask=inside, other=0)
             place = tl.minimum(first + i, groups - 1) * n + at  # behind the last group x is zero
-            if TABLE:  # the values that dequantising gives, rounded as there
-                s = tl.load(scale + place, mask=at < n, other=0)[:, None]
-                w = (tl.load(table + (both & 15)) * s).to(one.dtype)
-                total = product(one, tl.trans(w), total, False)
-                w = (tl.load(table + (both >> 4)) * s).to(one.dtype)
-                total = product(two, tl.trans(w), total, False)
-            else:  # steps from -8 to 7 are exact in bf16: their sum is scaled, not they
-                s = tl.load(scale + place * 2, mask=at < n, other=0).to(tl.float32)
-                zero = tl.load(scale + place * 2 + 1, mask=at < n, other=0).to(tl.float32)
-                part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                part = product(one, tl.trans(((both & 15) - _MIDDLE).to(tl.float32).to(one.dtype)), part, False)
-                part = product(two, tl.trans(((both >> 4) - _MIDDLE).to(tl.float32).to(one.dtype)), part, False)
-                sums = tl.sum(one.to(tl.float32), 1) + tl.sum(two.to(tl.float32), 1)
-                total += part * s[None, :] + sums[:, None] * zero[None, :]
+            told = tl.load(scale + place, mask=at < n, other=0)
+            if TABLE:  # sixteen products a group instead of 64
+                values = (sixteen[None, :] * told[:, None]).to(one.dtype)
+                low, high = tl.gather(values, both & 15, 1), tl.gather(values, both >> 4, 1)
+            else:
+                step, zero = halves(told)
+                low = (((both & 15) - _MIDDLE).to(tl.float32) * step[:, None] + zero[:, None]).to(one.dtype)
+                high = (((both >> 4) - _MIDDLE).to(tl.float32) * step[:, None] + zero[:, None]).to(one.dtype)
+            total = product(one, tl.trans(low), total, False)
+            total = product(two, tl.trans(high), total, False)
     finish(out, total, bias, m, at, rows, n, BIAS)
 
 
@@ -105,12 +111,12 @@ def dequantise_four_bits_kernel(out, packed, scale, table, n, k, TABLE: tl.const
     inside, g = at < k, at // (2 * _HALF)
     both = tl.load(packed + row * (k // 2) + g * _HALF + at % _HALF, mask=inside, other=0).to(tl.int32)
     index = tl.where(at % (2 * _HALF) < _HALF, both & 15, both >> 4)
-    place = g.to(tl.int64) * n + row
+    told = tl.load(scale + g.to(tl.int64) * n + row, mask=inside, other=0)
     if TABLE:
-        w = tl.load(table + index) * tl.load(scale + place, mask=inside, other=0)
+        w = tl.load(table + index) * told
     else:
-        s = tl.load(scale + place * 2, mask=inside, other=0).to(tl.float32)
-        w = (index - _MIDDLE).to(tl.float32) * s + tl.load(scale + place * 2 + 1, mask=inside, other=0).to(tl.float32)
+        step, zero = halves(told)
+        w = (index - _MIDDLE).to(tl.float32) * step + zero
     tl.store(out + row * k + at, w.to(out.dtype.element_ty), mask=inside)
 
 
@@ -122,8 +128,8 @@ def int8_linear(x: Tensor, stored: Tensor, scale: Tensor, bias: Tensor | None) -
         block_m, block_n = _blocks(len(x), n)
         int8_kernel[(triton.cdiv(len(x), block_m), triton.cdiv(n, block_n))](
             out, x, stored, scale, scale if bias is None else bias, len(x), n, k, x.stride(0), BIAS=bias is not None,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=128, num_warps=4 if block_m <= 64 else 8,
-            num_stages=5 if block_m <= 32 else 3,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=256 if block_m <= 32 else 128,
+            num_warps=4 if block_m <= 64 else 8, num_stages=4 if block_m <= 32 else 3,
         )  # fmt: skip
     return out
 
@@ -140,9 +146,10 @@ def four_bits_linear(x: Tensor, packed: Tensor, scale: Tensor, table: Tensor | N
     if len(x):
         block_m, block_n = _blocks(len(x), n)
         four_bits_kernel[(triton.cdiv(len(x), block_m), triton.cdiv(n, block_n))](
-            out, x, packed, scale, scale if table is None else table, scale if bias is None else bias, len(x), n, k,
-            x.stride(0), TABLE=table is not None, BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n,
-            GROUPS=4 if block_m <= 32 else 2, num_warps=4 if block_m <= 64 else 8, num_stages=3,
+            out, x, packed, _told(scale), scale if table is None else table, scale if bias is None else bias, len(x), n,
+            k, x.stride(0), TABLE=table is not None, BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+            GROUPS=4 if block_m <= 32 else 2, num_warps=4 if block_m <= 64 else 8,
+            num_stages=6 if block_m <= 32 else 3,
         )  # fmt: skip
     return out
 
@@ -160,9 +167,14 @@ def dequantise_four_bits(packed: Tensor, scale: Tensor, table: Tensor | None) ->
     n, k = packed.shape[0], packed.shape[1] * 2
     out = torch.empty((n, k), dtype=torch.bfloat16, device=packed.device)
     dequantise_four_bits_kernel[(n, triton.cdiv(k, WIDTH))](
-        out, packed, scale, scale if table is None else table, n, k, TABLE=table is not None, WIDTH=WIDTH
+        out, packed, _told(scale), scale if table is None else table, n, k, TABLE=table is not None, WIDTH=WIDTH
     )
     return out
+
+
+def _told(scale: Tensor) -> Tensor:
+    """[d_in / 64, d_out]: a scale in fp32, or scale and zero in one int32, which is copied ahead of its use."""
+    return scale if scale.dim() == 2 else scale.view(torch.int32).squeeze(2)
 
 
 def _out(x: Tensor, n: int, k: int) -> Tensor:
