@@ -13,14 +13,18 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from tests.fixtures import oracle, sample_tokens
+from tests.quantised import quantise, quantised_oracle
 from tests.train.small import packed_batch
 
 from lorikeet.adapters.configs import read_config
 from lorikeet.adapters.files import read_lock
+from lorikeet.adapters.fuse import BaseModel, fuse
 from lorikeet.errors import ConfigError, DataError
 from lorikeet.kernels.reference import ReferenceOps
 from lorikeet.model.decoder import forward
-from lorikeet.model.sources import identify
+from lorikeet.model.families import read_json
+from lorikeet.model.sources import checkpoint_files, identify
 from lorikeet.model.weights import load
 from lorikeet.train import trainer
 from lorikeet.train.joint import JointTrainer
@@ -238,3 +242,22 @@ def test_dry_run_audits_only(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = make_recipe(tmp_path, checkpoint("llama"))
     assert run_train(path, root=tmp_path, dry_run=True, console=Console(file=out, width=160)) is None
     assert "first" in out.getvalue() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # bitsandbytes', of dtypes
+def test_a_base_in_four_bits(tmp_path: Path) -> None:
+    """Trained over what bitsandbytes stored: fusing takes the lock, and makes what peft has of base and adapter."""
+    quantise("llama", tmp_path, "nf4-double")
+    base, adapter = tmp_path / "base", tmp_path / "out" / "second"
+    train(make_recipe(tmp_path, base, only=[1]))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    config, spec = read_json(base / "config.json"), load(base, torch.float32)[0]
+    model = BaseModel(
+        folder=base, files=checkpoint_files(base), config=config, spec=spec, identity=lambda: identify(base)
+    )
+    fuse(model, adapter, tmp_path / "fused", dtype="float32")
+    row = sample_tokens(1, 30)
+    with torch.no_grad():
+        theirs = quantised_oracle(base, adapter)(row).logits.log_softmax(-1)
+        torch.testing.assert_close(oracle(tmp_path / "fused")(row).logits.log_softmax(-1), theirs, atol=1e-4, rtol=0)
