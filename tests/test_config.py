@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from lorikeet.config import (
     DEFAULTS,
     EvalRecipe,
+    JobRecipe,
     TrainRecipe,
     chosen,
+    load_yaml,
     parse_size,
+    read_fields,
     read_recipe,
     resolve_adapters,
     resolve_tasks,
@@ -76,6 +79,26 @@ def test_recipes_are_read_strictly(tmp_path: Path, fields: dict[str, Any], messa
 def test_contradictions_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_adapters(train(tmp_path, **change))
+
+
+def test_what_was_found_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Expected `int` >= 1 - at `\$.adapters\[0\].rank`, found 0$"):
+        read_recipe(written(tmp_path, adapters=[ADAPTER | {"rank": 0}]), TrainRecipe)
+    with pytest.raises(ConfigError, match="at `recipe.learning_rate`, found 'fast'"):
+        read_fields({"learning_rate": "fast"}, JobRecipe, "recipe")
+    with pytest.raises(ConfigError, match=r"Expected `object`, got `str`$"):
+        read_fields("text", JobRecipe, "recipe")
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_of_yaml(number: float) -> None:
+    for written in (f"{number:e}", f"{number!r}", f"{number:E}", f"{number:.1e}".replace("e+", "e")):
+        assert load_yaml(f"x: {written}") == {"x": pytest.approx(float(written))}
+
+
+def test_texts_of_yaml() -> None:
+    for text in ("1e", "e5", "1.2.3", "1e-3x", "v1e3"):
+        assert load_yaml(text) == text
 
 
 def test_names_must_differ(tmp_path: Path) -> None:

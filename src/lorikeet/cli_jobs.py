@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +97,39 @@ def submit(
 
 
 @jobs_app.command(
+    epilog="[bold]Examples[/]\n\nlorikeet jobs judge intent/3 --dataset intent --follow\n\n"
+    "lorikeet jobs judge intent@production --dataset new-tickets --set split=train\n\n"
+    "lorikeet jobs judge --dataset intent --recipe judge.yaml     the base alone: prompt and reference in the recipe"
+)
+def judge(
+    dataset: Annotated[str, typer.Option(help="Name of a dataset of the server.")],
+    adapter: Annotated[
+        str | None, typer.Argument(help="A version, such as intent/3 or intent@production; without it the base alone.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with the fields of an evaluation's recipe.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the recipe, such as split=validation; give it again for more."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Its name on the leaderboard; default: the dataset's.")] = None,
+    description: Annotated[str, typer.Option(help="What it is for.")] = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch it until it has ended.")] = False,
+    url: UrlOption = URL,
+    api_key: KeyOption = None,
+) -> None:
+    """Queue an evaluation: the adapter beside its base, on rows that it has not seen."""
+    body = {
+        "kind": "eval", "adapter": adapter, "dataset": dataset,
+        "recipe": _recipe(recipe, set_ or []), "task": task, "description": description,
+    }  # fmt: skip
+    with _client(url, api_key) as client:
+        job = client.api("POST", "/api/jobs", body)
+        typer.echo(f"{job['id']}  {_makes(job)}")
+        if follow:
+            _follow(client, job["id"])
+
+
+@jobs_app.command(
     epilog="[bold]Examples[/]\n\nlorikeet jobs logs 1f3a\n\nlorikeet jobs logs -f 1f3a     with its progress"
 )
 def logs(
@@ -180,16 +214,25 @@ def _outcome(job: Json) -> Iterator[str]:
 # --- words --------------------------------------------------------------------------------------------------------
 
 
-def _client(url: str, api_key: str | None) -> Client:
+@contextmanager
+def _client(url: str, api_key: str | None) -> Iterator[Client]:
     from lorikeet.client import Client
 
-    return Client(url, api_key=api_key)
+    with Client(url, api_key=api_key) as client:
+        try:
+            yield client
+        except LorikeetError as error:
+            if error.code == "invalid_api_key":  # the server's hint is for programs
+                error.hint = "give one with --api-key or LORIKEET_API_KEY; `lorikeet keys create` makes one"
+            raise
 
 
 def _find(client: Client, prefix: str) -> str:
     """The id of the job that begins so, among the newest thousand."""
     if len(prefix) >= 36:
         return prefix
+    if not prefix:
+        raise ConfigError("job: expected an id, or how it begins", hint="`lorikeet jobs ls` lists them", param="job")
     found = [job["id"] for job in client.api("GET", "/api/jobs", limit=1000)["items"] if job["id"].startswith(prefix)]
     if len(found) != 1:
         said = "none" if not found else f"{len(found)}: {', '.join(found[:3])}"
@@ -201,19 +244,25 @@ def _find(client: Client, prefix: str) -> str:
 def _recipe(path: Path | None, changes: list[str]) -> Json:
     import yaml
 
+    from lorikeet.config import load_yaml
+
     fields: Json = {}
     if path is not None:
         try:
-            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+            fields = load_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"--recipe: {path} cannot be read: {error}", param="--recipe") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"--recipe: {path}: expected a mapping, found {type(fields).__name__}", param="--recipe")
     for change in changes:
-        name, sign, value = change.partition("=")
-        if not sign:
+        name, _, value = change.partition("=")
+        if not name.strip() or not value.strip():
             raise ConfigError(f"--set: found {change!r}; expected a field such as rank=32", param="--set")
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name.strip()] = load_yaml(value)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--set: {change!r} is not YAML: {reason}", param="--set") from None
     return fields
 
 

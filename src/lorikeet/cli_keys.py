@@ -61,6 +61,9 @@ def create_key(
             expires=None if expires_in is None else time.time() + _seconds(expires_in),
             requests_per_minute=requests_per_minute, tokens_per_day=tokens_per_day,
         )  # fmt: skip
+        manages = any(one.role == "admin" and _opens(one) for one in catalog.keys.all(who))
+    if not manages:
+        typer.echo("every request needs a key from now on, and no key here is an admin's: make one, too", err=True)
     typer.echo(f"{key.name} ({key.role}, {key.id}); keep it, it is not shown again:", err=True)
     typer.echo(secret)
 
@@ -194,13 +197,17 @@ def _find(catalog: Catalog, who: Actor, wanted: str) -> Key:
     return found[0]
 
 
+def _opens(key: Key) -> bool:
+    return key.revoked is None and (key.expires is None or key.expires > time.time())
+
+
 def _state(key: Key) -> str:
     if key.revoked is not None:
         return "revoked"
     if key.expires is None:
         return "open"
     day = time.strftime("%Y-%m-%d", time.gmtime(key.expires))
-    return f"expired {day}" if key.expires <= time.time() else f"until {day}"
+    return f"until {day}" if _opens(key) else f"expired {day}"
 
 
 def _limit(text: str, flag: str) -> int | None:

@@ -361,7 +361,7 @@ def show_dataset(
     for split, one in dataset.splits.items():
         table.add_row(split, f"{one.rows} rows, {_size(one.bytes)}")
     for column, kind in dataset.columns.items():
-        table.add_row(_plain(column), kind)
+        table.add_row("column", _plain(f"{column} ({kind})"))
     _print(table)
     for row in first:
         typer.echo(json.dumps(row, ensure_ascii=False, default=str))

@@ -17,13 +17,14 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import httpx
 
-from lorikeet.errors import LorikeetError, UnavailableError
+from lorikeet.errors import ConfigError, LorikeetError, UnavailableError
 from lorikeet.types import ErrorInfo
 
 Fields = Mapping[str, Any]
@@ -83,9 +84,30 @@ def _error(error: Any, status: int, retry_after: str | None = None) -> LorikeetE
     )
 
 
-def _nobody(http: httpx.Client | httpx.AsyncClient, error: Exception) -> UnavailableError:
+def _checked_url(url: str) -> str:
+    """Raise `ConfigError` for what is no address of a server."""
+    with suppress(httpx.InvalidURL):
+        parsed = httpx.URL(url)
+        if parsed.scheme in ("http", "https") and parsed.host:
+            return url
+    raise ConfigError(f"url: found {url!r}; expected such as http://127.0.0.1:8000", param="url")
+
+
+@contextmanager
+def _reaching(http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
+    """What goes wrong on the way to the server and back, in our words."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise _nobody(http, error) from None
+
+
+def _nobody(http: httpx.Client | httpx.AsyncClient, error: httpx.TransportError) -> UnavailableError:
+    said = str(error) or type(error).__name__
+    if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return UnavailableError(f"the connection to {http.base_url} broke: {said}", hint="try again")
     return UnavailableError(
-        f"no server answers at {http.base_url}: {error}",
+        f"no server answers at {http.base_url}: {said}",
         hint="start one with `lorikeet serve` or `lorikeet up`, or name its address",
     )
 
@@ -119,11 +141,12 @@ class Client:
     """A server, synchronously. Use it as a context manager, or `close()` it."""
 
     def __init__(self, url: str = "http://127.0.0.1:8000", *, api_key: str | None = None, timeout: float = 600.0):
-        self._http = httpx.Client(base_url=url, headers=_headers(api_key), timeout=timeout)
+        self._http = httpx.Client(base_url=_checked_url(url), headers=_headers(api_key), timeout=timeout)
 
     def models(self) -> list[dict[str, Any]]:
         """The base and every adapter, as `/v1/models` lists them."""
-        models: list[dict[str, Any]] = _checked(self._http.get("/v1/models"))["data"]
+        with _reaching(self._http):
+            models: list[dict[str, Any]] = _checked(self._http.get("/v1/models"))["data"]
         return models
 
     def complete(self, prompt: str | Sequence[int], *, model: str | None = None, **fields: Any) -> Completion:
@@ -154,10 +177,8 @@ class Client:
     def api(self, method: str, path: str, body: Fields | None = None, **query: Any) -> Any:
         """A call of the platform's API, such as `api("GET", "/api/jobs", limit=5)`; None where it answers nothing."""
         chosen = {name: value for name, value in query.items() if value is not None}
-        try:
+        with _reaching(self._http):
             reply = self._http.request(method, path, json=body, params=chosen or None)
-        except httpx.ConnectError as error:
-            raise _nobody(self._http, error) from None
         return None if reply.status_code == 204 else _checked(reply)
 
     def events(self, path: str, **query: Any) -> Iterator[dict[str, Any]]:
@@ -165,7 +186,8 @@ class Client:
 
         Raises `LorikeetError` where it ends them early, such as when the key was revoked.
         """
-        with self._http.stream("GET", path, params=query or None, timeout=httpx.Timeout(600.0, read=60.0)) as reply:
+        timeout = httpx.Timeout(600.0, read=60.0)
+        with _reaching(self._http), self._http.stream("GET", path, params=query or None, timeout=timeout) as reply:
             if not reply.is_success:
                 reply.read()
                 _checked(reply)
@@ -198,10 +220,13 @@ class AsyncClient:
 
     def __init__(self, url: str = "http://127.0.0.1:8000", *, api_key: str | None = None, timeout: float = 600.0):
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(api_key), timeout=timeout, limits=limits)
+        self._http = httpx.AsyncClient(
+            base_url=_checked_url(url), headers=_headers(api_key), timeout=timeout, limits=limits
+        )
 
     async def models(self) -> list[dict[str, Any]]:
-        models: list[dict[str, Any]] = _checked(await self._http.get("/v1/models"))["data"]
+        with _reaching(self._http):
+            models: list[dict[str, Any]] = _checked(await self._http.get("/v1/models"))["data"]
         return models
 
     async def complete(self, prompt: str | Sequence[int], *, model: str | None = None, **fields: Any) -> Completion:

@@ -190,7 +190,7 @@ def read_fields(raw: Any, kind: type[AnyRecipe], where: str) -> AnyRecipe:
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        message = str(error).replace("`$", f"`{where}")
+        message = _with_found(str(error), raw).replace("`$", f"`{where}")
         raise ConfigError(f"{where}: {message}", hint=_fields_hint(str(error), kind), param=where) from None
 
 
@@ -391,7 +391,7 @@ def read_recipe(path: Path, kind: type[AnyRecipe]) -> AnyRecipe:
     import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"recipe {path} does not exist", param="recipe") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -401,7 +401,35 @@ def read_recipe(path: Path, kind: type[AnyRecipe]) -> AnyRecipe:
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {error}", hint=_fields_hint(str(error), kind), param="recipe") from None
+        message = _with_found(str(error), raw)
+        raise ConfigError(f"{path}: {message}", hint=_fields_hint(str(error), kind), param="recipe") from None
+
+
+def load_yaml(text: str) -> Any:
+    """One YAML document, with the numbers of YAML 1.2: 1e-3 is one, too. Raises `yaml.YAMLError`."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return yaml.load(text, Loader)
+
+
+def _with_found(message: str, raw: Any) -> str:
+    """A message that ends with a path, such as "Expected `int` >= 1 - at `$.rank`", with the value that is there."""
+    _, mark, path = message.rpartition(" - at `$")
+    if not mark or "[...]" in path or not message.startswith("Expected"):
+        return message
+    found = raw
+    try:
+        for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+            found = found[name or int(index)]
+    except (LookupError, TypeError):
+        return message
+    shown = repr(found)
+    return f"{message}, found {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
 def _fields_hint(message: str, kind: type[msgspec.Struct]) -> str | None:

@@ -138,6 +138,8 @@ def test_splits_that_do_not_fit(home: Home, tmp_path: Path) -> None:
         ({"train": train, "test": train}, {"test": 0.1}, "given both as a file and as a share"),
         ({"train": train}, {"test": 0.001}, "expected at least one row"),
         ({"train": train}, {"test": 1.5}, "found the share 1.5"),
+        ({"train": train}, {"test": float("nan")}, "found the share nan"),
+        ({"train": train}, {"test": float("inf")}, "found the share inf"),
         ({"train": tmp_path / "none.jsonl"}, {}, "no such file"),
     ):
         with pytest.raises((DataError, ConfigError), match=said):

@@ -121,7 +121,7 @@ def test_a_key_from_the_command_line(fresh: Hosted, tmp_path: Path) -> None:
     made = run("create", "me", "--role", "admin", "--expires-in", "2h", "--tokens-per-day", "500")
     assert made.returncode == 0, made.stderr
     me = Caller(None, made.stdout.strip())  # type: ignore[arg-type]
-    assert "not shown again" in made.stderr and me.secret not in made.stderr
+    assert "not shown again" in made.stderr and me.secret not in made.stderr and "no key here" not in made.stderr
     until = time.monotonic() + 10
     while fresh.http.get("/api/me").status_code != 401:  # the server that runs takes notice by itself
         assert time.monotonic() < until
@@ -143,6 +143,13 @@ def test_a_key_from_the_command_line(fresh: Hosted, tmp_path: Path) -> None:
     assert [one["name"] for one in listed] == ["me"] and me.secret not in json.dumps(listed)
     assert run("revoke", "me").returncode == 0
     assert fresh.http.get("/api/me", headers=me.headers).status_code == 401
+
+
+def test_a_first_key_that_opens_too_little_is_pointed_out(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lorikeet", "keys", "create", "app", "--home", str(tmp_path / "home")]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0 and made.stdout.startswith("lk_")
+    assert "every request needs a key from now on, and no key here is an admin's" in made.stderr
 
 
 def test_keys_are_confined_and_widened(server: Hosted, admin: Caller) -> None:

@@ -141,6 +141,11 @@ def test_a_server_that_stops_gives_its_jobs_back(tmp_path: Path) -> None:
 def test_one_server_a_home(tmp_path: Path) -> None:
     config = PlatformConfig(home=str(tmp_path))
     first = Platform(config, "lorikeet-nano")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is no folder"):
+        Platform(PlatformConfig(home=str(tmp_path / "file")), "lorikeet-nano")
+    with pytest.raises(ConfigError, match=r"blobs: found 'ftp://x'; expected a folder, or such as s3://bucket/prefix"):
+        Platform(PlatformConfig(home=str(tmp_path / "other"), blobs="ftp://x"), "lorikeet-nano")
     with pytest.raises(ConfigError, match="another `lorikeet up` uses"):
         Platform(config, "lorikeet-nano")
     first.close()

@@ -183,8 +183,11 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     import fsspec
 
     parts = urlsplit(url)
-    if not parts.netloc:
-        raise ConfigError(f"blobs: found {url!r}; expected such as s3://bucket/prefix", param="blobs")
+    if not parts.netloc or parts.scheme not in _EXTRAS:
+        raise ConfigError(
+            f"blobs: found {url!r}; expected a folder, or such as s3://bucket/prefix",
+            hint=f"stores are {', '.join(f'{one}://' for one in _EXTRAS)}", param="blobs",
+        )  # fmt: skip
     if parts.scheme == "s3" and "endpoint_url" not in options and os.environ.get("AWS_ENDPOINT_URL"):
         options = {**options, "endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     try:
@@ -217,4 +220,6 @@ def disk_error(error: OSError, place: Path) -> LorikeetError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(place if place.exists() else place.anchor or ".").free
         return DiskFullError(f"the disk of {place} is full, {free} bytes are free", hint="free some space")
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return ConfigError(f"{place} is no folder, or lies in none", hint="name another place")
     return ConfigError(f"{place} cannot be written: {error.strerror or error}", hint="check its owner and mode")

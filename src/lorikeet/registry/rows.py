@@ -94,8 +94,8 @@ def split_rows(rows: Sequence[Any], shares: Mapping[str, float], seed: int = 0) 
     drawn: dict[int, str] = {}
     start = 0
     for split, share in shares.items():
-        count = round(share * len(rows))
-        if not 0.0 < share < 1.0 or count < 1:
+        count = round(share * len(rows)) if 0.0 < share < 1.0 else 0
+        if count < 1:
             raise DataError(
                 f"{split}: found the share {share:g} of {len(rows)} rows; expected at least one row", param=split
             )

@@ -18,6 +18,8 @@ from lorikeet.errors import ConfigError
 from lorikeet.model.families import load_spec
 from lorikeet.model.sources import find_model, identify, weight_bytes
 from lorikeet.registry.home import open_home
+from lorikeet.registry.objects import disk_error
+from lorikeet.server.job_memory import gib
 from lorikeet.server.judging import judging_memory
 from lorikeet.server.supervisor import Supervisor
 from lorikeet.types import BaseIdentity
@@ -40,8 +42,11 @@ class Platform:
     def __init__(self, config: PlatformConfig, model: str) -> None:
         self.config = config
         folder = Path(config.home).expanduser().absolute()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = (folder / ".lock").open("w")
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock = (folder / ".lock").open("w")
+        except OSError as error:
+            raise disk_error(error, folder) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -52,11 +57,18 @@ class Platform:
         self.model = model
         self.base: BaseIdentity = identify(find_model(model), None if Path(model).expanduser().is_dir() else model)
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        self.home = open_home(folder, catalog=config.catalog, blobs=config.blobs)
+        try:
+            self.home = open_home(folder, catalog=config.catalog, blobs=config.blobs)
+        except BaseException:
+            self._lock.close()
+            raise
         self.catalog, self.blobs = self.home.catalog, self.home.blobs
         self.job_memory = config.job_memory or psutil.virtual_memory().total // 2
         checkpoint = find_model(model)
         self.judging_memory = judging_memory(load_spec(checkpoint), weight_bytes(checkpoint))
+        if self.job_memory < self.judging_memory:
+            said = "jobs may use %s of memory, and an evaluation on this base needs about %s; see --job-memory"
+            log.warning(said, gib(self.job_memory), gib(self.judging_memory))
         self.supervisor = Supervisor(self)
         self._quick = ThreadPoolExecutor(CATALOG_THREADS, "catalog")
         self._slow = ThreadPoolExecutor(SLOW_THREADS, "platform")
