@@ -1,9 +1,9 @@
 """Attention over the paged cache: decode rows, prefill chunks and any mix of them in one launch.
 
-A *task* is one kv head of one sequence and a block of its queries. Keys and values are visited once per task, in
-tiles that stay in the cache, with an online softmax in fp32 (Dao et al., FlashAttention, 2022); a group's query
-heads are rows of the same task, so that they share each read. Keys beyond `kv_len` or before every row's window
-are never read.
+A *task* is one kv head of one sequence and a block of its queries. Its keys and values are visited once, in *pieces*
+that stay in the cache, with an online softmax in fp32 (Dao et al., FlashAttention, 2022); a group's query heads are
+rows of the same task, so that they share each read. Those of the next piece are called into the cache meanwhile. Keys
+beyond `kv_len` or before every row's window are never read.
 """
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
@@ -39,8 +39,8 @@ from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, 
 
 I32 = np.int32(0)
 U16 = np.uint16(0)
-KEYS = 128  # keys of one tile
-SPARE = 15  # keys that a tile of scores may reach beyond the last one
+KEYS = 128  # keys of one piece, at most
+SPARE = 15  # keys that a tile of scores may reach beyond the piece's last one
 LISTED = KEYS + SPARE + 1
 ROWS = 32  # (query, head) rows of one task, at most
 EVERYTHING = 1 << 40  # a window that hides nothing
@@ -175,34 +175,37 @@ def weigh_halves(scores, begin, end, count, log2_scale, state, total, d, weights
 
 
 @device_function
-def list_keys(begin, end, source, table, lists):
-    """Addresses of the keys and of the values [begin, end), and of the last one some times more."""
+def list_keys(begin, end, source, table, lists, called):
+    """Addresses of the keys and values [begin, end), and of the last one up to the lists' ends. All but the first
+    `called` are called into the cache."""
     k, k_block, k_slot, v, v_block, v_slot, block_size = source
     blocks, keys, values = at(table, I32), at(lists, I0), at(lists + 8 * LISTED, I0)
-    p = begin
+    p, n = begin, 0
     while p < end:
         block, slot = np.int64(blocks[p // block_size]), p % block_size
         count = min(block_size - slot, end - p)
         key, value = k + block * k_block + slot * k_slot, v + block * v_block + slot * v_slot
         for i in range(count):
-            keys[p - begin + i], values[p - begin + i] = key + i * k_slot, value + i * v_slot
-            prefetch(key + i * k_slot)
-            prefetch(key + i * k_slot + 64)
-            prefetch(value + i * v_slot)
-            prefetch(value + i * v_slot + 64)
-        p += count
-    for i in range(end - begin, end - begin + SPARE):
-        keys[i], values[i] = keys[end - begin - 1], values[end - begin - 1]
+            keys[n + i], values[n + i] = key + i * k_slot, value + i * v_slot
+        p, n = p + count, n + count
+    for i in range(called, n):
+        prefetch(keys[i])
+        prefetch(keys[i] + 64)
+        prefetch(values[i])
+        prefetch(values[i] + 64)
+    for i in range(n, LISTED):
+        keys[i], values[i] = keys[n - 1], values[n - 1]
 
 
 @device_function
-def attend_halves(first, rows, begin, end, task, lists, scratch, log2_scale, d):
-    """As `attend_tile`, by products of bf16; `lists` are the addresses of what begins at key `begin`."""
+def attend_halves(first, rows, begin, end, task, lists, following, scratch, log2_scale, d):
+    """As `attend_tile`, by products of bf16; `lists` are the addresses of what begins at key `begin`, and `following`
+    those of what comes next."""
     q, states, totals, scores = scratch
     position, flat, group, window = task
     weights, count = scores + 16 * LISTED, end - begin
     padded = (count + 1) // 2 * 2
-    score_keys(q + 8 * first, lists, count, d, scores, 4 * LISTED, rows)
+    score_keys(q + 8 * first, lists, count, d, scores, 4 * LISTED, following, rows)
     for i in range(1 if rows == 1 else 4):
         row = first + min(i, rows - 1)
         at_position = position + (flat + row) // group
@@ -211,20 +214,29 @@ def attend_halves(first, rows, begin, end, task, lists, scratch, log2_scale, d):
             high = low  # a row too many: no weight
         state, total = states + 8 * row, totals + 4 * TILE * row
         weigh_halves(scores + 4 * LISTED * i, low, high, padded, log2_scale, state, total, d, weights + 2 * LISTED * i)
-    add_values(weights, 2 * LISTED, lists + 8 * LISTED, padded // 2, d, totals + 4 * TILE * first, 4 * TILE, rows)
+    listed = 8 * LISTED
+    add_values(
+        weights,
+        2 * LISTED,
+        lists + listed,
+        padded // 2,
+        d,
+        totals + 4 * TILE * first,
+        4 * TILE,
+        following + listed,
+        rows,
+    )
 
 
 @device_function
-def attend_task(n, task, q_base, ldq, out_base, ldo, source, table, scratch, log2_scale, d, act):
-    """Attention of `n` flat rows (query, head) of one kv head: row r is head `r % group` of query `r // group`.
+def begin_task(n, task, q_base, ldq, scratch, d, act):
+    """`n` flat rows (query, head) of one kv head: row r is head `r % group` of query `r // group`.
 
     `task` is (position of the sequence's first query, first flat row, heads in the group, window).
     """
     q, states, totals, scores = scratch
     position, flat, group, window = task
     address, state = at(q, I0), at(states, F0)
-    halves = size(act) == 2 and AVAILABLE and d % STEP == 0
-    lists = scores + 24 * LISTED
     for i in range(n):
         address[i] = q_base + (flat + i) // group * ldq + (flat + i) % group * d * size(act)
         state[2 * i], state[2 * i + 1] = MINUS_INFINITY, F0
@@ -233,21 +245,28 @@ def attend_task(n, task, q_base, ldq, out_base, ldo, source, table, scratch, log
             total[j] = F0
     for i in range(n, (n + 3) // 4 * 4):
         address[i] = address[0]
-    last = position + (flat + n - 1) // group
-    tile = max(position + flat // group - window + 1, 0)
-    while tile <= last:
-        stop = min(tile + KEYS, last + 1)
-        if halves:
-            list_keys(tile, stop, source, table, lists)
-        for first in range(0, n, 4):
-            rows = min(4, n - first)
-            begin = max(position + (flat + first) // group - window + 1, tile)
-            end = min(position + (flat + first + rows - 1) // group + 1, stop)
-            if begin < end and halves:
-                attend_halves(first, rows, begin, end, task, lists + 8 * (begin - tile), scratch, log2_scale, d)
-            elif begin < end:
-                attend_tile(first, rows, begin, end, task, source, table, scratch, log2_scale, d, act)
-        tile = stop
+
+
+@device_function
+def attend_piece(n, begin, end, task, source, table, lists, following, scratch, log2_scale, d, act, halves):
+    """Add the keys [begin, end) to the rows of a task."""
+    position, flat, group, window = task
+    for first in range(0, n, 4):
+        rows = min(4, n - first)
+        low = max(position + (flat + first) // group - window + 1, begin)
+        high = min(position + (flat + first + rows - 1) // group + 1, end)
+        skipped = 8 * (low - begin)
+        if low < high and halves:
+            attend_halves(first, rows, low, high, task, lists + skipped, following + skipped, scratch, log2_scale, d)
+        elif low < high:
+            attend_tile(first, rows, low, high, task, source, table, scratch, log2_scale, d, act)
+
+
+@device_function
+def end_task(n, task, out_base, ldo, scratch, d, act):
+    q, states, totals, scores = scratch
+    position, flat, group, window = task
+    state = at(states, F0)
     for i in range(n):
         target = at(out_base + (flat + i) // group * ldo + (flat + i) % group * d * size(act), act)
         total, weight = at(totals + 4 * TILE * i, F0), state[2 * i + 1]
@@ -276,34 +295,70 @@ def list_tasks(tasks, query_start, kv_len, sequences, kv_heads, group, window):
 
 
 @device_function
+def list_pieces(low, high, tasks, count, start, length, group, window, pieces):
+    """Fill [task, first key, last key + 1] with pieces, of about equal lengths, of the tasks that begin in [low, high)
+    of the work; how many they are. Where `pieces` is too short they are only counted."""
+    begun, n = 0, 0
+    for i in range(count):
+        b, _, flat, rows, work = tasks[i]
+        begun += work
+        if not low <= begun - work < high:
+            continue
+        position = length[b] - (start[b + 1] - start[b])
+        first = max(position + flat // group - window + 1, 0)
+        seen = position + (flat + rows - 1) // group + 1 - first
+        parts = (seen + KEYS - 1) // KEYS
+        for part in range(parts):
+            if n < len(pieces):
+                piece = pieces[n]
+                piece[0], piece[1], piece[2] = i, first + seen * part // parts, first + seen * (part + 1) // parts
+            n += 1
+    return n
+
+
+@device_function
+def heads_of(b, h, start, source, head_strides, table, table_stride):
+    """Where the keys and values of a sequence's kv head lie, and its blocks."""
+    k, k_block, k_slot, v, v_block, v_slot, block_size = source
+    own = 0 if block_size < EVERYTHING else start[b]  # without a cache the sequence's own rows are its one block
+    k_head, v_head = k + h * head_strides[0] + own * k_slot, v + h * head_strides[1] + own * v_slot
+    return (k_head, k_block, k_slot, v_head, v_block, v_slot, block_size), table + 4 * table_stride * b
+
+
+@device_function
 def attend_share(low, high, tasks, count, query_start, kv_len, group, window, q, ldq, out, ldo,
                  source, head_strides, table, table_stride, log2_scale, d, act):  # fmt: skip
     start, length = at(query_start, I32), at(kv_len, I32)
-    k, k_block, k_slot, v, v_block, v_slot, block_size = source
-    addresses = np.empty(ROWS, np.int64)
-    floats = np.empty(2 * ROWS + ROWS * TILE + 10 * LISTED, np.float32)
-    states = floats.ctypes.data
+    addresses = np.empty(ROWS + 4 * LISTED, np.int64)
+    floats = np.empty(2 * ROWS + ROWS * TILE + 6 * LISTED, np.float32)
+    states, lists = floats.ctypes.data, addresses.ctypes.data + 8 * ROWS
     totals = states + 8 * ROWS
     scratch = (addresses.ctypes.data, states, totals, totals + 4 * ROWS * TILE)
-    begun = 0
-    for i in range(count):
-        b, h, flat, n, work = tasks[i]
-        mine = low <= begun < high
-        begun += work
-        if not mine:
-            continue
-        group_bytes = h * group * d * size(act)
-        # without a cache the sequence's own rows are its one block
-        own = 0 if block_size < EVERYTHING else start[b]
-        heads = (
-            k + h * head_strides[0] + own * k_slot, k_block, k_slot,
-            v + h * head_strides[1] + own * v_slot, v_block, v_slot, block_size,
-        )  # fmt: skip
+    halves = size(act) == 2 and AVAILABLE and d % STEP == 0
+    pieces = np.empty((list_pieces(low, high, tasks, count, start, length, group, window, tasks[:0]), 3), np.int64)
+    list_pieces(low, high, tasks, count, start, length, group, window, pieces)
+    for p in range(len(pieces)):
+        i, begin, end = pieces[p]
+        b, h, flat, n, _ = tasks[i]
+        heads, blocks = heads_of(b, h, start, source, head_strides, table, table_stride)
+        here, following = lists + p % 2 * 16 * LISTED, lists + (p + 1) % 2 * 16 * LISTED
+        if halves and p == 0:
+            list_keys(begin, end, heads, blocks, here, 0)
+        if halves and p + 1 < len(pieces):
+            j, first, stop = pieces[p + 1]
+            next_heads, next_blocks = heads_of(
+                tasks[j, 0], tasks[j, 1], start, source, head_strides, table, table_stride
+            )
+            list_keys(first, stop, next_heads, next_blocks, following, end - begin)
+        elif halves:
+            following = here
         task = (length[b] - (start[b + 1] - start[b]), flat, group, window)
-        attend_task(
-            n, task, q + start[b] * ldq + group_bytes, ldq, out + start[b] * ldo + group_bytes, ldo,
-            heads, table + 4 * table_stride * b, scratch, log2_scale, d, act,
-        )  # fmt: skip
+        group_bytes = h * group * d * size(act)
+        if p == 0 or pieces[p - 1, 0] != i:
+            begin_task(n, task, q + start[b] * ldq + group_bytes, ldq, scratch, d, act)
+        attend_piece(n, begin, end, task, heads, blocks, here, following, scratch, log2_scale, d, act, halves)
+        if p + 1 == len(pieces) or pieces[p + 1, 0] != i:
+            end_task(n, task, out + start[b] * ldo + group_bytes, ldo, scratch, d, act)
     hold(addresses)
     hold(floats)
 
