@@ -134,6 +134,7 @@ def test_splits_that_do_not_fit(home: Home, tmp_path: Path) -> None:
         ({"train": train, "test": write(tmp_path / "b.jsonl", [{"text": "x"}])}, {}, r"missing are \['label'\]"),
         ({"train": train, "test": tmp_path / "c.csv"}, {}, "different formats"),
         ({"train": train, "dev": train}, {}, "splits: found train, dev"),
+        ({"train": train}, {"dev": 0.1}, "splits: found train, dev"),
         ({"test": train}, {}, "expected train"),
         ({"train": train, "test": train}, {"test": 0.1}, "given both as a file and as a share"),
         ({"train": train}, {"test": 0.001}, "expected at least one row"),
@@ -144,6 +145,26 @@ def test_splits_that_do_not_fit(home: Home, tmp_path: Path) -> None:
     ):
         with pytest.raises((DataError, ConfigError), match=said):
             home.add_dataset(WHO, "rows", files, read_rows, shares=shares)
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])
+def test_numbers_that_are_none(home: Home, tmp_path: Path, number: str) -> None:
+    """As pandas writes what is missing: a training would learn the word."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f'{{"text": "a", "x": []}}\n{{"text": "b", "x": [{{"y": {number}}}]}}\n')
+    with pytest.raises(DataError, match=r"train: row 2: column 'x' holds (nan|inf|-inf); expected what JSON") as caught:
+        home.add_dataset(WHO, "rows", {"train": rows}, read_rows)
+    assert "null for what is missing" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("row", [r'{"text": "\ud800"}', r'{"text": {"x": ["\ud800 a"]}}', r'{"a\udfff": 1}'])
+def test_texts_that_are_none(home: Home, tmp_path: Path, row: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{row}\n")
+    with pytest.raises(DataError, match=r"train: row 1: column '.*' holds half a surrogate pair"):
+        home.add_dataset(WHO, "rows", {"train": rows}, read_rows)
+    rows.write_text(r'{"text": "\ud83d\ude00 ä"}')
+    assert home.add_dataset(WHO, "rows", {"train": rows}, read_rows).columns == {"text": "text"}
 
 
 def test_columns() -> None:

@@ -153,6 +153,8 @@ def test_refused_fields(server: Hosted) -> None:
     twice = [("file", ("a.jsonl", b"{}")), ("train", ("b.jsonl", b"{}"))]
     assert server.http.post("/api/datasets", data={"name": "x"}, files=twice).status_code == 422
     assert server.post("/api/datasets", {"name": "x", "rows": []}).status_code == 422
+    infinite = server.http.post("/api/datasets", content=b'{"name": "x", "rows": [{"a": [1e999]}]}')
+    assert infinite.status_code == 422 and "column 'a' holds inf" in infinite.text
     assert server.post("/api/datasets", {"name": "x", "rows": [{"a": 1}], "more": 1}).status_code == 422
 
 

@@ -198,7 +198,8 @@ def _check_splits(files: Mapping[str, Path], shares: Mapping[str, float]) -> Non
     unknown = [split for split in (*files, *shares) if split not in SPLITS]
     if unknown or "train" not in files:
         raise ConfigError(
-            f"splits: found {', '.join(files)}; expected train, and validation and test where there are", param="splits"
+            f"splits: found {', '.join((*files, *shares))}; expected train, and validation and test where there are",
+            param="splits",
         )
     both = sorted(set(files) & set(shares))
     if both:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -44,12 +45,12 @@ def _columns(split: str, rows: Iterable[Values]) -> dict[str, str]:
             if value is None:
                 kinds.setdefault(name, "")
                 continue
-            foreign = _foreign(value)
+            foreign = _foreign([name, value])
             if foreign is not None:
                 raise DataError(
-                    f"{split}: row {count}: column {name!r} holds a {foreign.__name__}; expected what JSON has, "
+                    f"{split}: row {count}: column {name!r} holds {foreign}; expected what JSON has, "
                     "texts, numbers, true and false, lists, objects",
-                    hint="write it as text", param=split,
+                    hint="write null for what is missing, all else as text", param=split,
                 )  # fmt: skip
             kind, before = _TYPES[type(value)], kinds.get(name)
             kinds[name] = kind if not before else _merge([before, kind], name, f"{split}: row {count}")
@@ -59,16 +60,31 @@ def _columns(split: str, rows: Iterable[Values]) -> dict[str, str]:
     return {name: (kind or "text") + ("?" if seen.get(name, 0) < count else "") for name, kind in kinds.items()}
 
 
-def _foreign(value: Any) -> type | None:
-    """The type of what JSON has nothing for, in a value or anywhere below it: Parquet has times, bytes, decimals."""
+def _foreign(value: Any) -> str | None:
+    """What JSON in UTF-8 has nothing for, in a value or anywhere below it: Parquet has times, bytes, decimals."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
         if isinstance(one, list | dict):
-            waiting += one.values() if isinstance(one, dict) else one
+            waiting += [*one, *one.values()] if isinstance(one, dict) else one
         elif one is not None and type(one) not in _TYPES:
-            return type(one)
+            return f"a {type(one).__name__}"
+        elif isinstance(one, float) and not math.isfinite(one):
+            return str(one)
+        elif isinstance(one, str) and not _is_text(one):
+            return "half a surrogate pair"
     return None
+
+
+def _is_text(text: str) -> bool:
+    """An escape of JSON can say half a character, which no UTF-8 can."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _merge(kinds: Sequence[str], name: str, where: str) -> str:

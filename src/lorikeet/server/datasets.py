@@ -142,9 +142,7 @@ def _from_rows(platform: Platform, who: Actor, body: RowsBody) -> Dataset:
         for split, rows in (("train", body.rows), ("validation", body.validation), ("test", body.test)):
             if rows is not None:
                 files[split] = place / f"{split}.jsonl"
-                files[split].write_text(
-                    "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows), "utf-8"
-                )
+                files[split].write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         return _add(platform, who, check_name(body.name), files, body.description, body.shares or {}, body.seed)
 
 
