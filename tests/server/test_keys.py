@@ -145,6 +145,19 @@ def test_a_key_from_the_command_line(fresh: Hosted, tmp_path: Path) -> None:
     assert fresh.http.get("/api/me", headers=me.headers).status_code == 401
 
 
+def test_the_start_says_who_comes_in(
+    checkpoint: Callable[..., Path], tmp_path: Path, cache_folder: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with platform(checkpoint("llama"), tmp_path / "home") as running:
+        said = capfd.readouterr().err
+        assert f"ready at {running.url}, the page too" in said and "authorization" not in said
+        assert f"`lorikeet keys create --role admin --home {tmp_path / 'home'} NAME`" in " ".join(said.split())
+        caller(catalog_of(running), "root", "admin")
+    with platform(checkpoint("llama"), tmp_path / "home"):
+        said = capfd.readouterr().err
+        assert "no key is asked for" not in said and '-H "authorization: Bearer $LORIKEET_API_KEY"' in said
+
+
 def test_a_first_key_that_opens_too_little_is_pointed_out(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lorikeet", "keys", "create", "app", "--home", str(tmp_path / "home")]
     made = subprocess.run(command, capture_output=True, text=True, timeout=60)

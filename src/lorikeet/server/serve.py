@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 
-from lorikeet.config import ServeConfig
+from lorikeet.config import PlatformConfig, ServeConfig
 from lorikeet.engine.link import EngineClient
 from lorikeet.errors import ConfigError
 from lorikeet.model.sources import cache_folder, find_model
@@ -221,10 +221,22 @@ async def show_start(state: ServerState, port: int) -> None:
     host = "127.0.0.1" if state.config.host in ("0.0.0.0", "::") else state.config.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     model = adapters[0].name if adapters else state.models.base.name
-    key = " -H 'authorization: Bearer ...'" if state.config.api_key else ""
-    console.print(f"ready at {url}", highlight=False)
+    needs_key = await state.access.needs_key()
+    key = ' -H "authorization: Bearer $LORIKEET_API_KEY"' if needs_key else ""
+    console.print(f"ready at {url}{'' if state.platform is None else ', the page too'}", highlight=False)
+    if state.platform is not None and not needs_key:
+        console.print(
+            "no key is asked for: whoever is on this machine is admin, until there is one (`lorikeet keys create "
+            f"--role admin{_home_flag(state.platform.config)} NAME`)", highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
     line = f"""curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{{"model": "{model}", """
     console.print(line + """"prompt": "Hello", "max_tokens": 32}'""", highlight=False, soft_wrap=True, markup=False)
+
+
+def _home_flag(config: PlatformConfig) -> str:
+    """What a command on the catalog of this server needs to find it."""
+    catalog = "" if config.catalog is None else " --catalog ..."  # the URL may hold a password
+    return f" --home {config.home}{catalog}"
 
 
 def _engine_table(state: ServerState) -> Table:
