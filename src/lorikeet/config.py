@@ -312,7 +312,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "lorikeet-nano"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bf16 only where the device has it natively
-    # Of the linear layers of the base. Weights only, products stay bf16; fp8: inputs as well. nf4 and fp8: on a GPU
+    # Of the linear layers of the base, int8 on a CPU also of its head. Weights only, products stay bf16; fp8: inputs as
+    # well. nf4 and fp8: on a GPU
     quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
     tensor_parallel: int = 1  # GPUs that hold the base together: 1, 2, 4 or 8; memory is of each of them
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as dtype

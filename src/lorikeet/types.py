@@ -161,7 +161,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A compiled adapter as the loader process reports it."""
 
     digest: str  # content hash, see design "identity is content"
-    path: str  # the compiled, memory-mappable file
+    path: str  # the compiled file
     nbytes: int  # bytes it takes in the slab
     max_rank: int
     sites: int

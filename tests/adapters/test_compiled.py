@@ -23,10 +23,11 @@ from lorikeet.adapters.checkpoint import BaseTensors
 from lorikeet.adapters.compiled import (
     ALIGNMENT,
     SUFFIX,
+    CompiledFile,
+    CompiledHeader,
     bfloat16_bits,
     compile_adapter,
     compiled_name,
-    in_memory,
     open_compiled,
     remove_leftovers,
     trim,
@@ -52,7 +53,7 @@ def test_the_file_holds_the_entries(
     assert (info.kind, info.max_rank, info.sites) == ("lora", 5, 21)
     compiled = open_compiled(Path(info.path))
     assert compiled.header.digest == info.digest and compiled.data.nbytes == info.nbytes
-    assert compiled.data.offset % ALIGNMENT == 0  # type: ignore[attr-defined]
+    assert compiled.parts[0][0] % ALIGNMENT == 0
     step = ALIGNMENT // compiled.data.itemsize
     for place in compiled.header.entries:
         assert all(n % step == 0 for n in (place.a, place.b, place.stride_a, place.stride_b))
@@ -206,16 +207,57 @@ def _raises(error: OSError) -> Callable[[int], None]:
     return fsync
 
 
+HEADER = CompiledHeader(digest="d", base_sha256="b", dtype="float32", kind="lora", nbytes=2**21 + 32, entries=[])
+
+
+def test_parts_of_a_file_are_read_as_one(tmp_path: Path) -> None:
+    path, random = tmp_path / "file", np.random.default_rng(0)
+    stored = random.integers(0, 256, 1000, np.uint8)
+    path.write_bytes(stored.tobytes())
+    file = CompiledFile(HEADER, path, ((100, 64), (700, 32)))
+    whole = np.concatenate((stored[100:164], stored[700:732]))
+    for start, count in ((0, 96), (0, 64), (10, 54), (10, 60), (63, 2), (64, 32), (70, 26), (95, 1), (96, 0)):
+        for wait in (True, False):
+            target = np.zeros(count, np.uint8)
+            while not file.read(start, target, wait):
+                time.sleep(0.005)
+            assert (target == whole[start : start + count]).all()
+    path.write_bytes(stored[:710].tobytes())
+    with pytest.raises(AdapterError, match="the file ends at byte 710; 22 more were expected"):
+        file.read(0, np.zeros(96, np.uint8))
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        file.read(0, np.zeros(96, np.uint8))
+
+
 def test_what_is_not_in_memory_is_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(2**21))
-    assert in_memory(path, 0, 2**20, 2**21) and in_memory(tmp_path / "none", 0, 1, 1)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if in_memory(path, 0, 2**20, 2**21):
+    path, data = tmp_path / "file", np.random.default_rng(0).integers(0, 256, HEADER.nbytes, np.uint8)
+    path.write_bytes(data.tobytes())
+    file, target = CompiledFile(HEADER, path, ((0, 2**21), (2**21, 32))), np.zeros(HEADER.nbytes, np.uint8)
+    assert file.read(0, target, wait=False) and (target == data).all()
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if file.read(0, target, wait=False):
         pytest.skip("this file system keeps what it is told to forget, or cannot say")
+    target[:] = 0
     until = time.monotonic() + 30
-    while not in_memory(path, 0, 2**20, 2**21):
+    while not file.read(0, target, wait=False):
         assert time.monotonic() < until
         time.sleep(0.005)
+    assert (target == data).all()
+
+
+def test_a_file_system_that_does_not_tell_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path := tmp_path / "file").write_bytes(bytes(range(96)))
+    preadv = os.preadv
+
+    def plain(file: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return preadv(file, [buffers[0][:40]], at)  # and never all at once
+
+    monkeypatch.setattr(os, "preadv", plain)
+    target = np.zeros(96, np.uint8)
+    assert CompiledFile(HEADER, path, ((0, 96),)).read(0, target, wait=False)
+    assert target.tolist() == list(range(96))

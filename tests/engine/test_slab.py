@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
+from lorikeet.adapters.compiled import CompiledAdapter
 from lorikeet.engine.residency import AdapterDrop, AdapterMove, Place
 from lorikeet.engine.slab import AdapterSlab
 from lorikeet.types import AdapterCopy
@@ -86,11 +89,22 @@ def test_a_damaged_header_is_told_and_harms_nobody(world: Any) -> None:
     assert (error.code, error.status, error.retryable) == ("adapter_lost", 503, True)
 
 
+def read_only_if(monkeypatch: pytest.MonkeyPatch, there: Callable[[], bool]) -> None:
+    """Adapters that are not `there` have to be waited for; until then something else is in their place."""
+    read = CompiledAdapter.read
+
+    def late(self: CompiledAdapter, start: int, target: np.ndarray, wait: bool = True) -> bool:
+        target[:] = 255
+        return (wait or there()) and read(self, start, target, wait)
+
+    monkeypatch.setattr(CompiledAdapter, "read", late)
+
+
 def test_no_step_waits_for_the_disk(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream goes on while an adapter is on its way from disk; once nobody streams, the engine waits for it."""
     info = world.adapter(1)
     there: list[bool] = []
-    monkeypatch.setattr("lorikeet.engine.slab.in_memory", lambda path, start, count, nbytes: bool(there))
+    read_only_if(monkeypatch, lambda: bool(there))
     engine = world.engine([info])
     engine.add(world.request("streams", [3, 4, 5], max_tokens=8, ignore_eos=True))
     engine.step()
@@ -111,7 +125,7 @@ def test_no_step_waits_for_the_disk(world: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_disk_that_never_answers_is_waited_for_in_the_end(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     info = world.adapter(1)
-    monkeypatch.setattr("lorikeet.engine.slab.in_memory", lambda *_: False)
+    read_only_if(monkeypatch, lambda: False)
     monkeypatch.setattr("lorikeet.engine.slab.LATEST", 0.0)
     engine = world.engine([info])
     requests = [world.request("base", [3], max_tokens=6), world.request("own", [3], info.digest, max_tokens=2)]

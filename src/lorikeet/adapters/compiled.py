@@ -1,4 +1,4 @@
-"""Compiled adapters: one memory-mappable file in the layout of the device slab. No torch.
+"""Compiled adapters: one file in the layout of the device slab. No torch.
 
 Layout: 8 bytes magic, 8 bytes little-endian header length, a msgpack header, then at the next multiple of 64 bytes the
 data as one contiguous run. Rows of A and B start at multiples of 64 bytes; offsets and strides are in elements from
@@ -11,6 +11,7 @@ other, and then once what every rank needs of overrides. Parts differ in their n
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -44,7 +45,7 @@ ALIGNMENT = 64
 VERSION = 3  # part of the file's name: raise it when the layout or the meaning of an entry changes
 _STORAGE: dict[Dtype, type[np.generic]] = {"float32": np.float32, "bfloat16": np.uint16}
 _MAX_HEADER = 64 * 2**20
-_STRIDE = 32768  # bytes: systems read ahead in stretches no smaller
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # not where there is no Linux
 STALE_SECONDS = 3600.0  # nobody writes for so long
 
 
@@ -111,12 +112,55 @@ class CompiledHeader(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Compiled(Protocol):
+    """A compiled adapter, wherever it lies."""
+
+    @property
+    def header(self) -> CompiledHeader: ...
+
+    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> bool:
+        """Fill `target` with the data from byte `start` on. False: without waiting for the disk that is not possible;
+        it has been asked for the data, and what `target` holds is not to be used. Raises AdapterError or OSError."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class CompiledAdapter:
-    """`data` is the slab's part: fp32, or bf16 as uint16 bits, flat."""
+    """In memory. `data` is the slab's part: fp32, or bf16 as uint16 bits, flat."""
 
     header: CompiledHeader
     data: NDArray[Any]
+
+    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> bool:
+        target[:] = self.data.view(np.uint8)[start : start + len(target)]
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledFile:
+    """On disk, in these `parts` of the file: (first byte, how many)."""
+
+    header: CompiledHeader
+    path: Path
+    parts: tuple[tuple[int, int], ...]
+
+    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> bool:
+        done, before = 0, 0
+        with self.path.open("rb", buffering=0) as file:
+            for at, count in self.parts:
+                part = target[done : done + max(before + count - start - done, 0)]
+                if not _read(file.fileno(), at + start + done - before, part, wait):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                    return False
+                done, before = done + len(part), before + count
+        return True
+
+    @property
+    def data(self) -> NDArray[Any]:
+        """As of a `CompiledAdapter`, read now."""
+        data = np.empty(self.header.nbytes, np.uint8)
+        self.read(0, data)
+        return data.view(_STORAGE[self.header.dtype])
 
 
 def compile_adapter(
@@ -299,13 +343,12 @@ def bfloat16_bits(values: Array) -> NDArray[np.uint16]:
     return rounded
 
 
-def open_compiled(path: Path, rank: int = 0, ranks: int | None = None) -> CompiledAdapter:
-    """Map the part of a compiled adapter that `rank` holds. AdapterError where the file is not whole, or is not for
-    `ranks` processes (None: for any number)."""
+def open_compiled(path: Path, rank: int = 0, ranks: int | None = None) -> CompiledFile:
+    """The part of a compiled adapter that `rank` holds. AdapterError where the file is not whole, or is not for `ranks`
+    processes (None: for any number)."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(16)
             length = struct.unpack("<Q", prefix[8:])[0] if len(prefix) == 16 and prefix[:8] == MAGIC else None
             if length is None or length > min(size, _MAX_HEADER):
@@ -319,30 +362,25 @@ def open_compiled(path: Path, rank: int = 0, ranks: int | None = None) -> Compil
         raise AdapterError(f"{path.name}: expected {end + header.shared} bytes, found {size}")
     if ranks not in (None, header.ranks):
         raise AdapterError(f"{path.name}: expected parts for {ranks} processes, found {header.ranks}")
-    parts = [(start + rank * own, own), (end, header.shared)]
-    if rank + 1 == header.ranks:  # they are one
-        parts = [(start + rank * own, header.nbytes)]
-    storage = np.dtype(_STORAGE[header.dtype])
-    mapped = [
-        np.memmap(path, storage, "r", at, (count // storage.itemsize,)) for at, count in parts if count or at < end
-    ]
-    return CompiledAdapter(header, mapped[0] if len(mapped) == 1 else np.concatenate(mapped))
+    return CompiledFile(header, path, ((start + rank * own, own), (end, header.shared)))
 
 
-def in_memory(path: Path, start: int, count: int, nbytes: int) -> bool:
-    """Whether `count` of a compiled file's `nbytes` of data, from byte `start` on, can be read without waiting for the
-    disk; if not, the disk is asked for the file. True where there is no telling: reading will say what is wrong."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            number, first = file.fileno(), os.fstat(file.fileno()).st_size - nbytes + start
-            try:
-                for at in (0, *range(first, first + count, _STRIDE), first + count - 1):
-                    os.preadv(number, [bytearray(1)], at, os.RWF_NOWAIT)
-            except BlockingIOError:
-                os.posix_fadvise(number, 0, 0, os.POSIX_FADV_WILLNEED)
-                return False
-    except (OSError, AttributeError):  # no such file, or a system that does not say
-        pass
+def _read(file: int, at: int, target: NDArray[np.uint8], wait: bool) -> bool:
+    """Fill `target` from byte `at` of a file; False where that would mean to wait for the disk and is not wanted."""
+    rest, flags = target.data, 0 if wait else _NOWAIT
+    while len(rest):
+        try:
+            count = os.preadv(file, [rest], at, flags)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            flags = 0  # a file system that does not tell
+            continue
+        if count == 0:
+            raise AdapterError(f"the file ends at byte {at}; {len(rest)} more were expected")
+        rest, at = rest[count:], at + count
     return True
 
 

@@ -15,7 +15,7 @@ import torch
 from msgspec.structs import replace
 
 from lorikeet import kernels
-from lorikeet.adapters.compiled import CompiledAdapter, open_compiled
+from lorikeet.adapters.compiled import Compiled, open_compiled
 from lorikeet.config import EngineConfig
 from lorikeet.engine.blocks import BlockPool, root_key
 from lorikeet.engine.copies import StreamCopier, pinned_memory
@@ -66,7 +66,7 @@ class Engine:
         ops: ServingOps,
         sizes: Sizes,
         config: EngineConfig,
-        open_adapter: Callable[[Path], CompiledAdapter] = open_compiled,
+        open_adapter: Callable[[Path], Compiled] = open_compiled,
         clock: Callable[[], float] = time.time,
         slab: AdapterSlab | None = None,
         runner: Callable[..., Runner] = Runner,
@@ -285,7 +285,7 @@ def make_runner(
     )
 
 
-def make_slab(sizes: Sizes, spec: ModelSpec, open_adapter: Callable[[Path], CompiledAdapter]) -> AdapterSlab:
+def make_slab(sizes: Sizes, spec: ModelSpec, open_adapter: Callable[[Path], Compiled]) -> AdapterSlab:
     """The slab of these sizes; beside a GPU with a tier of pinned host memory behind it."""
     transfer = None
     if sizes.device != "cpu":

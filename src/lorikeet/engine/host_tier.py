@@ -15,19 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorikeet.adapters.compiled import CompiledAdapter, CompiledHeader
+from lorikeet.adapters.compiled import Compiled, CompiledHeader
 from lorikeet.engine.copies import Copier
 from lorikeet.engine.residency import AdapterDrop, AdapterMove, Instruction, Residency
 from lorikeet.errors import AdapterError
 from lorikeet.types import AdapterCopy, AdapterInfo
 
-_PIECE = 4 * 2**20  # bytes that are read at a time
-
 
 class HostTier:
     """Adapters in `memory` (uint8 on the host), out of which `copier` copies. Used by one thread at a time."""
 
-    def __init__(self, memory: Tensor, open_adapter: Callable[[Path], CompiledAdapter], copier: Copier) -> None:
+    def __init__(self, memory: Tensor, open_adapter: Callable[[Path], Compiled], copier: Copier) -> None:
         self._memory, self._bytes = memory, memory.numpy()
         self._open, self._copier = open_adapter, copier
         self._policy = Residency(len(memory), copy_bytes=max(len(memory), 1))
@@ -78,8 +76,10 @@ class HostTier:
         if copy.digest in self._read:
             at = self._at[copy.digest]
             return self._read[copy.digest], self._memory[at : at + copy.nbytes]
-        adapter = self._open(Path(copy.path))
-        return adapter.header, torch.from_numpy(np.array(adapter.data.view(np.uint8)))
+        adapter, data = self._open(Path(copy.path)), np.empty(copy.nbytes, np.uint8)
+        self._check(copy, adapter.header)
+        adapter.read(0, data)
+        return adapter.header, torch.from_numpy(data)
 
     def use(self, digest: str, ticket: int) -> None:
         """The copy of this ticket reads the adapter's bytes."""
@@ -117,12 +117,13 @@ class HostTier:
 
     def _load(self, copy: AdapterCopy) -> CompiledHeader:
         adapter = self._open(Path(copy.path))
-        if adapter.header.nbytes != copy.nbytes:
-            raise AdapterError(f"{copy.path}: expected {copy.nbytes} bytes, found {adapter.header.nbytes}")
-        source, target = adapter.data.view(np.uint8), self._bytes[copy.offset : copy.offset + copy.nbytes]
-        for start in range(0, copy.nbytes, _PIECE):
-            target[start : start + _PIECE] = source[start : start + _PIECE]
+        self._check(copy, adapter.header)
+        adapter.read(0, self._bytes[copy.offset : copy.offset + copy.nbytes])
         return adapter.header
+
+    def _check(self, copy: AdapterCopy, header: CompiledHeader) -> None:
+        if header.nbytes != copy.nbytes:
+            raise AdapterError(f"{copy.path}: expected {copy.nbytes} bytes, found {header.nbytes}")
 
     def _move(self, move: AdapterMove) -> None:
         """Make room: nobody may write or read the bytes meanwhile."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lorikeet.adapters.compiled import CompiledAdapter, CompiledEntry, CompiledHeader, in_memory, open_compiled
+from lorikeet.adapters.compiled import Compiled, CompiledEntry, CompiledHeader, open_compiled
 from lorikeet.engine.residency import AdapterMove, Instruction
 from lorikeet.engine.transfer import Transfer
 from lorikeet.errors import AdapterError, AdapterLostError, LorikeetError
@@ -33,7 +33,7 @@ class AdapterSlab:
         nbytes: int,
         spec: ModelSpec,
         dtype: torch.dtype,
-        open_adapter: Callable[[Path], CompiledAdapter] = open_compiled,
+        open_adapter: Callable[[Path], Compiled] = open_compiled,
         device: torch.device | str = "cpu",
         transfer: Transfer | None = None,
     ) -> None:
@@ -73,14 +73,17 @@ class AdapterSlab:
         failed = {}
         for instruction in instructions:
             if isinstance(instruction, AdapterCopy):
-                if late is not None and self._is_late(instruction):
-                    late.add(instruction.digest)
-                    continue
+                digest = instruction.digest
                 try:
-                    self._copy(instruction)
+                    since = self._late.setdefault(digest, time.monotonic())  # the disk is not waited for for ever
+                    if not self._copy(instruction, wait=late is None or time.monotonic() - since >= LATEST):
+                        assert late is not None
+                        late.add(digest)
+                        continue
                 except (LorikeetError, OSError, IndexError, ValueError, RuntimeError) as error:  # also a damaged header
-                    said = f"the compiled adapter {instruction.digest[:12]} cannot be read: {error}"
-                    failed[instruction.digest] = AdapterLostError(said, hint="try again", param="adapter").info()
+                    said = f"the compiled adapter {digest[:12]} cannot be read: {error}"
+                    failed[digest] = AdapterLostError(said, hint="try again", param="adapter").info()
+                self._late.pop(digest, None)
             elif isinstance(instruction, AdapterMove):
                 self._move(instruction)
             else:
@@ -92,36 +95,25 @@ class AdapterSlab:
                     self._transfer.forget(instruction.handle)
         return failed
 
-    def _is_late(self, copy: AdapterCopy) -> bool:
-        """Whether the step would wait for the disk, which is not taken for granted for ever."""
-        if self._transfer is None:
-            ready = in_memory(Path(copy.path), copy.start, copy.count, copy.nbytes)
-        else:
-            ready = self._transfer.ready(copy)
-        if ready:
-            self._late.pop(copy.digest, None)
-            return False
-        now = time.monotonic()
-        if now - self._late.setdefault(copy.digest, now) < LATEST:
-            return True
-        del self._late[copy.digest]
-        return False
-
-    def _copy(self, copy: AdapterCopy) -> None:
+    def _copy(self, copy: AdapterCopy, wait: bool) -> bool:
+        """Bring bytes of an adapter in, and once all are there, the adapter. False: the disk has yet to bring them."""
         target = self._bytes[copy.offset : copy.offset + copy.nbytes]
         if self._transfer is None:
             adapter = self._open(Path(copy.path))
-            self._check(copy, adapter.header)
-            part = slice(copy.start, copy.start + copy.count)
-            target.numpy()[part] = adapter.data.view(np.uint8)[part]  # straight out of the page cache
             header = adapter.header
+            self._check(copy, header)
+            if not adapter.read(copy.start, target.numpy()[copy.start : copy.start + copy.count], wait):
+                return False
         else:
+            if not wait and not self._transfer.ready(copy):
+                return False
             header, source = self._transfer.take(copy)
             self._check(copy, header)
             self._transfer.start(copy, header, source, target)
         if copy.start + copy.count == copy.nbytes:
             self._install(copy, header.entries)
             self._install_overrides(copy, header)
+        return True
 
     def _check(self, copy: AdapterCopy, header: CompiledHeader) -> None:
         if (header.digest, header.nbytes, header.dtype) != (copy.digest, copy.nbytes, self.dtype):
@@ -139,18 +131,21 @@ class AdapterSlab:
             self.slab.scale = scale = torch.cat((scale, scale.new_zeros((more, scale.shape[1]))))
             self.slab.vectors = vectors = torch.cat((vectors, vectors.new_full((more, *vectors.shape[1:]), -1)))
         base = copy.offset // self.slab.data.itemsize
-        sites = torch.tensor([e.site for e in entries], dtype=torch.int64)
-        rows = [(base + e.a, base + e.b, e.stride_a, e.stride_b, e.rank) for e in entries]
-        table[copy.handle] = 0
-        scale[copy.handle] = 0
-        table[copy.handle, sites] = torch.tensor(rows, dtype=torch.int64)
-        scale[copy.handle, sites] = torch.tensor([e.scale for e in entries])
-        vectors[copy.handle] = -1
-        places = [[-1 if at < 0 else base + at for at in (e.gain, e.shift)] for e in entries]
-        vectors[copy.handle, sites] = torch.tensor(places, dtype=torch.int64)
+        fields = np.array(
+            [(e.site, e.a, e.b, e.stride_a, e.stride_b, e.rank, e.gain, e.shift) for e in entries], np.int64
+        )
+        fields = fields.reshape(-1, 8)  # also where there are none
+        sites, places, given = fields[:, 0], fields[:, 1:6], fields[:, 6:]
+        places[:, :2] += base
+        scales = np.array([e.scale for e in entries], np.float32)
+        vectors_at = np.where(given < 0, -1, base + given)
+        for tensor, empty, values in ((table, 0, places), (scale, 0, scales), (vectors, -1, vectors_at)):
+            line = tensor.numpy()[copy.handle]
+            line[:] = empty
+            line[sites] = values
         self._show(copy.handle)
         self._forget(copy.handle)
-        if any(at >= 0 for place in places for at in place):
+        if (given >= 0).any():
             self.scaled.add(copy.handle)
 
     def _show(self, handle: int) -> None:
