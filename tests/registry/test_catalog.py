@@ -19,6 +19,7 @@ from tests.registry.contents import announced, content, sha256
 from lorikeet.errors import (
     ConfigError,
     ConflictError,
+    ForbiddenError,
     InvalidRequestError,
     LorikeetError,
     NotFoundError,
@@ -387,8 +388,13 @@ def test_grants_confine_a_key(catalog: Catalog, who: Actor) -> None:
     ):
         with pytest.raises(NotFoundError):
             ask()
-    with pytest.raises(ConflictError):  # the name is taken, and that is all that is said
-        catalog.repositories.create(confined, "theirs", exists_ok=True)
+    for name in ("theirs", "new"):  # whether the name is taken is not said; a new one would not be the key's
+        with pytest.raises(ForbiddenError, match="confined to some repositories, and a new one is none of them"):
+            catalog.repositories.create(confined, name, exists_ok=True)
+    assert catalog.repositories.create(confined, "mine", exists_ok=True).name == "mine"
+    with pytest.raises(ConflictError):
+        catalog.repositories.create(confined, "mine")
+    assert catalog.repositories.count(who) == 2
 
 
 # --- datasets, evaluations ----------------------------------------------------------------------------------------

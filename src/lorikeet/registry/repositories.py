@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sqlalchemy import ColumnElement, and_, func, select, true
 from sqlalchemy.orm import Session
 
-from lorikeet.errors import ConflictError
+from lorikeet.errors import ConflictError, ForbiddenError
 from lorikeet.registry.audit import checked_limit, find_made, log_change, not_found, remember_made, to_record
 from lorikeet.registry.database import Part, change, query
 from lorikeet.registry.records import ENDED, Actor, Alias, Page, Repository, VersionBrief
@@ -28,13 +28,21 @@ class Repositories(Part):
         exists_ok: bool = False,
         idempotency_key: str | None = None,
     ) -> Repository:
-        """A new repository; with `exists_ok` the one that is there. Raises `ConflictError` when the name is taken."""
+        """A new repository; with `exists_ok` the one that is there.
+
+        Raises `ConflictError` when the name is taken, `ForbiddenError` for a key that could not use what it makes.
+        """
         check_name(name)
         request = [name, description]
         made = find_made(session, who, "repository.create", idempotency_key, request, self._now)
         row = session.get(RepositoryRow, made) if made else None
         if row is None:
             row = session.scalar(select(RepositoryRow).where(is_named(who, name)))
+            if who.repositories is not None and (row is None or not may_use(who, row.id)):
+                raise ForbiddenError(
+                    "this key is confined to some repositories, and a new one is none of them",
+                    hint="have an admin make it and let the key use it", param="name", code="confined_key",
+                )  # fmt: skip
             if row is not None and not (exists_ok and may_use(who, row.id)):
                 raise ConflictError(
                     f"a repository {name!r} is there already", hint="choose another name", param="name",
