@@ -162,8 +162,8 @@ def verdicts(result: Json) -> list[tuple[str, float, float, bool]]:
     found = [
         ("failed requests", float(sum(one["failed"] for one in budgets.values())), 0.0, False),
         ("capacity, least resident / all", median_ratio(least["capacity"], most["capacity"]), CAPACITY_BAR, True),
-        ("p99 to first token of common adapters, least / all", least["common_ttft_p99"] / most["common_ttft_p99"],
-         TAIL_BAR, False),
+        ("p99 to first token of common adapters, least / all",
+         median_ratio(least["common_ttft_p99_each"], most["common_ttft_p99_each"]), TAIL_BAR, False),
     ]  # fmt: skip
     if "cold" in result:
         found += [(f"unseen adapter to first token, {p}", result["cold"][p], bar, False)
