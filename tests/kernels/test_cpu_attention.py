@@ -12,6 +12,7 @@ from tests.kernels.inputs import make_batch
 
 from lorikeet.kernels.batch import Batch, LayerCache
 from lorikeet.kernels.cpu import CpuOps
+from lorikeet.kernels.cpu_products import AVAILABLE
 from lorikeet.kernels.reference import ReferenceOps
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -62,6 +63,24 @@ def test_a_mixed_batch_equals_each_sequence_alone(dtype: torch.dtype, window: in
         )  # fmt: skip
         found = CpuOps().attention(q[rows], k[rows], v[rows], alone, clone(cache), window)
         assert torch.equal(found, together[rows])
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="other products sum a row alone in another order than four together")
+@pytest.mark.parametrize("heads", [(9, 3, 64), (4, 4, 64), (6, 2, 32)])
+def test_chunks_give_the_same_bits_as_the_whole(heads: tuple[int, int, int]) -> None:
+    """Also token by token at the end: who gives way and is computed again goes on as if nothing had been."""
+    length, size = 150, 16
+    generator = torch.Generator().manual_seed(2)
+    q, k, v, batch, cache = make_batch([(length, length)], heads, size, torch.bfloat16, generator)
+    whole = CpuOps().attention(q, k, v, batch, clone(cache), None)
+    assert batch.cache_slot is not None
+    for start, end in ((0, 70), (70, 71), (71, 128), (128, 147), (147, 148), (148, 149), (149, 150)):
+        part = slice(start, end)
+        chunk = Batch(
+            batch.tokens[part], batch.positions[part], torch.tensor([0, end - start], dtype=torch.int32),
+            torch.tensor([end], dtype=torch.int32), end - start, end, batch.block_table, batch.cache_slot[part],
+        )  # fmt: skip
+        assert torch.equal(CpuOps().attention(q[part], k[part], v[part], chunk, cache, None), whole[part]), (start, end)
 
 
 def test_a_poisoned_sequence_stays_alone() -> None:

@@ -39,7 +39,7 @@ from lorikeet.kernels.cpu_tiles import F0, I0, TILE, add_1x1, add_1x4, add_4x4, 
 
 I32 = np.int32(0)
 U16 = np.uint16(0)
-KEYS = 128  # keys of one piece, at most
+KEYS = 64  # of one piece, at most: pieces end at multiples of it
 SPARE = 15  # keys that a tile of scores may reach beyond the piece's last one
 LISTED = KEYS + SPARE + 1
 ROWS = 32  # (query, head) rows of one task, at most
@@ -214,18 +214,8 @@ def attend_halves(first, rows, begin, end, task, lists, following, scratch, log2
             high = low  # a row too many: no weight
         state, total = states + 8 * row, totals + 4 * TILE * row
         weigh_halves(scores + 4 * LISTED * i, low, high, padded, log2_scale, state, total, d, weights + 2 * LISTED * i)
-    listed = 8 * LISTED
-    add_values(
-        weights,
-        2 * LISTED,
-        lists + listed,
-        padded // 2,
-        d,
-        totals + 4 * TILE * first,
-        4 * TILE,
-        following + listed,
-        rows,
-    )
+    values, following, total = lists + 8 * LISTED, following + 8 * LISTED, totals + 4 * TILE * first
+    add_values(weights, 2 * LISTED, values, padded // 2, d, total, 4 * TILE, following, rows)
 
 
 @device_function
@@ -296,8 +286,11 @@ def list_tasks(tasks, query_start, kv_len, sequences, kv_heads, group, window):
 
 @device_function
 def list_pieces(low, high, tasks, count, start, length, group, window, pieces):
-    """Fill [task, first key, last key + 1] with pieces, of about equal lengths, of the tasks that begin in [low, high)
-    of the work; how many they are. Where `pieces` is too short they are only counted."""
+    """Fill [task, first key, last key + 1] with the pieces of the tasks that begin in [low, high) of the work; how many
+    they are. Where `pieces` is too short they are only counted.
+
+    Pieces end at multiples of KEYS, so that sums of bf16 are the same to the last bit in whatever chunks a prompt comes.
+    """
     begun, n = 0, 0
     for i in range(count):
         b, _, flat, rows, work = tasks[i]
@@ -305,14 +298,14 @@ def list_pieces(low, high, tasks, count, start, length, group, window, pieces):
         if not low <= begun - work < high:
             continue
         position = length[b] - (start[b + 1] - start[b])
-        first = max(position + flat // group - window + 1, 0)
-        seen = position + (flat + rows - 1) // group + 1 - first
-        parts = (seen + KEYS - 1) // KEYS
-        for part in range(parts):
+        begin = max(position + flat // group - window + 1, 0)
+        end = position + (flat + rows - 1) // group + 1
+        while begin < end:
+            stop = min((begin // KEYS + 1) * KEYS, end)
             if n < len(pieces):
                 piece = pieces[n]
-                piece[0], piece[1], piece[2] = i, first + seen * part // parts, first + seen * (part + 1) // parts
-            n += 1
+                piece[0], piece[1], piece[2] = i, begin, stop
+            begin, n = stop, n + 1
     return n
 
 
