@@ -289,7 +289,7 @@ def list_pieces(low, high, tasks, count, start, length, group, window, pieces):
     """Fill [task, first key, last key + 1] with the pieces of the tasks that begin in [low, high) of the work; how many
     they are. Where `pieces` is too short they are only counted.
 
-    Pieces end at multiples of KEYS, so that sums of bf16 are the same to the last bit in whatever chunks a prompt comes.
+    Pieces end at multiples of KEYS: in whatever chunks a prompt comes, sums of bf16 are the same to the last bit.
     """
     begun, n = 0, 0
     for i in range(count):
