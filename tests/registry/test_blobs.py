@@ -414,7 +414,7 @@ def test_stores_that_cannot_be(sqlite: Catalog, tmp_path: Path, bucket: Any) -> 
         with pytest.raises(ConfigError, match="blobs: "):
             BlobStore(url, tmp_path, sqlite.ledger)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="file is no folder, or lies in none"):
         BlobStore(tmp_path / "file", tmp_path, sqlite.ledger)
 
 
