@@ -97,7 +97,8 @@ def test_everything_can_be_reached_and_used_by_keyboard(open_page: Open, stub: t
     keys.press("Tab")
     assert focused(page) == "Skip to the page"
     keys.press("Enter")
-    tab_to(page, "Prompt")
+    expect(page.get_by_role("button", name="Prompt template of intent")).to_be_visible()
+    tab_to(page, "Prompt", exact=True)
     keys.type("where is my card")
     keys.press("Control+Enter")
     expect(page.locator(".answer footer").first).to_contain_text("ended by stop")
@@ -130,10 +131,11 @@ def focused(page: Page) -> str:
     return str(page.evaluate(script)).strip()
 
 
-def tab_to(page: Page, name: str) -> None:
+def tab_to(page: Page, name: str, exact: bool = False) -> None:
     for _ in range(60):
         page.keyboard.press("Tab")
-        if name in focused(page):
+        at = focused(page)
+        if at == name or (name in at and not exact):
             outline = page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle")
             assert outline != "none", f"{name} does not show that it has the focus"
             return
