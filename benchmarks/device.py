@@ -24,7 +24,7 @@ from msgspec.structs import replace as with_fields
 from load import Json, Trace, compare, make_clients, median, possible, summarise
 from lorikeet import kernels
 from lorikeet.adapters import compiled
-from lorikeet.adapters.compiled import CompiledAdapter, lay_out, open_compiled
+from lorikeet.adapters.compiled import Compiled, CompiledAdapter, lay_out, open_compiled
 from lorikeet.adapters.normal import Entry
 from lorikeet.config import EngineConfig
 from lorikeet.engine.engine import Engine
@@ -162,10 +162,10 @@ class Adapters:
         entries = [Entry(s, random(s.d_in), random(s.d_out), 2.0) for s in spec.sites if s.layer is not None]
         return CompiledAdapter(*lay_out(entries, "", BASE, dtype))
 
-    def open(self, path: Path) -> CompiledAdapter:
+    def open(self, path: Path, *, wait: bool = True) -> Compiled:
         """By number, or of a compiled file."""
         if path.suffix:
-            return open_compiled(path)
+            return open_compiled(path, wait=wait)
         made = self._made[self.ranks[int(path.name)]]
         return CompiledAdapter(with_fields(made.header, digest=path.name), made.data)
 

@@ -122,7 +122,7 @@ class World:
             engine.register(info)
         return engine
 
-    def _open(self, path: Path) -> CompiledAdapter:
+    def _open(self, path: Path, *, wait: bool = True) -> CompiledAdapter:
         return self.adapters[str(path)]
 
     def dense_logits(

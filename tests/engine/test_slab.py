@@ -93,9 +93,11 @@ def read_only_if(monkeypatch: pytest.MonkeyPatch, there: Callable[[], bool]) -> 
     """Adapters that are not `there` have to be waited for; until then something else is in their place."""
     read = CompiledAdapter.read
 
-    def late(self: CompiledAdapter, start: int, target: np.ndarray, wait: bool = True) -> bool:
+    def late(self: CompiledAdapter, start: int, target: np.ndarray, wait: bool = True) -> None:
         target[:] = 255
-        return (wait or there()) and read(self, start, target, wait)
+        if not wait and not there():
+            raise BlockingIOError
+        read(self, start, target, wait)
 
     monkeypatch.setattr(CompiledAdapter, "read", late)
 

@@ -118,10 +118,16 @@ class Compiled(Protocol):
     @property
     def header(self) -> CompiledHeader: ...
 
-    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> bool:
-        """Fill `target` with the data from byte `start` on. False: without waiting for the disk that is not possible;
-        it has been asked for the data, and what `target` holds is not to be used. Raises AdapterError or OSError."""
+    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> None:
+        """Fill `target` with the data from byte `start` on. Raises AdapterError or OSError; BlockingIOError where that
+        would mean to `wait` for the disk: it has been asked for the data, and `target` holds anything."""
         ...
+
+
+class OpenAdapter(Protocol):
+    """`open_compiled`, for some rank."""
+
+    def __call__(self, path: Path, *, wait: bool = True) -> Compiled: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +137,8 @@ class CompiledAdapter:
     header: CompiledHeader
     data: NDArray[Any]
 
-    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> bool:
+    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> None:
         target[:] = self.data.view(np.uint8)[start : start + len(target)]
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +149,13 @@ class CompiledFile:
     path: Path
     parts: tuple[tuple[int, int], ...]
 
-    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> bool:
+    def read(self, start: int, target: NDArray[np.uint8], wait: bool = True) -> None:
         done, before = 0, 0
         with self.path.open("rb", buffering=0) as file:
             for at, count in self.parts:
                 part = target[done : done + max(before + count - start - done, 0)]
-                if not _read(file.fileno(), at + start + done - before, part, wait):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-                    return False
+                _read(file.fileno(), at + start + done - before, part.data, wait)
                 done, before = done + len(part), before + count
-        return True
 
     @property
     def data(self) -> NDArray[Any]:
@@ -343,17 +345,22 @@ def bfloat16_bits(values: Array) -> NDArray[np.uint16]:
     return rounded
 
 
-def open_compiled(path: Path, rank: int = 0, ranks: int | None = None) -> CompiledFile:
+def open_compiled(path: Path, rank: int = 0, ranks: int | None = None, *, wait: bool = True) -> CompiledFile:
     """The part of a compiled adapter that `rank` holds. AdapterError where the file is not whole, or is not for `ranks`
-    processes (None: for any number)."""
+    processes (None: for any number); BlockingIOError as of `Compiled.read`."""
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            prefix = file.read(16)
+            prefix = bytearray(min(size, 16))
+            _read(file.fileno(), 0, memoryview(prefix), wait)
             length = struct.unpack("<Q", prefix[8:])[0] if len(prefix) == 16 and prefix[:8] == MAGIC else None
-            if length is None or length > min(size, _MAX_HEADER):
+            if length is None or length > min(size - 16, _MAX_HEADER):
                 raise AdapterError(f"{path.name}: not a compiled adapter")
-            header = msgspec.msgpack.decode(file.read(length), type=CompiledHeader)
+            encoded = bytearray(length)
+            _read(file.fileno(), 16, memoryview(encoded), wait)
+            header = msgspec.msgpack.decode(encoded, type=CompiledHeader)
+    except BlockingIOError:
+        raise
     except (OSError, msgspec.DecodeError) as error:
         raise AdapterError(f"{path.name}: not a readable compiled adapter: {error}") from error
     start, own = _aligned(16 + length), header.nbytes - header.shared
@@ -365,23 +372,23 @@ def open_compiled(path: Path, rank: int = 0, ranks: int | None = None) -> Compil
     return CompiledFile(header, path, ((start + rank * own, own), (end, header.shared)))
 
 
-def _read(file: int, at: int, target: NDArray[np.uint8], wait: bool) -> bool:
-    """Fill `target` from byte `at` of a file; False where that would mean to wait for the disk and is not wanted."""
-    rest, flags = target.data, 0 if wait else _NOWAIT
-    while len(rest):
+def _read(file: int, at: int, target: memoryview, wait: bool) -> None:
+    """Fill `target` from byte `at` of a file; BlockingIOError as of `Compiled.read`."""
+    flags = 0 if wait else _NOWAIT
+    while len(target):
         try:
-            count = os.preadv(file, [rest], at, flags)
+            count = os.preadv(file, [target], at, flags)
         except BlockingIOError:
-            return False
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            raise
         except OSError as error:
             if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             flags = 0  # a file system that does not tell
             continue
         if count == 0:
-            raise AdapterError(f"the file ends at byte {at}; {len(rest)} more were expected")
-        rest, at = rest[count:], at + count
-    return True
+            raise AdapterError(f"the file ends at byte {at}; {len(target)} more were expected")
+        target, at = target[count:], at + count
 
 
 def _write(path: Path, header: CompiledHeader, data: Sequence[NDArray[Any]]) -> None:

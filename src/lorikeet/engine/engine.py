@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from msgspec.structs import replace
 
 from lorikeet import kernels
-from lorikeet.adapters.compiled import Compiled, open_compiled
+from lorikeet.adapters.compiled import OpenAdapter, open_compiled
 from lorikeet.config import EngineConfig
 from lorikeet.engine.blocks import BlockPool, root_key
 from lorikeet.engine.copies import StreamCopier, pinned_memory
@@ -66,7 +65,7 @@ class Engine:
         ops: ServingOps,
         sizes: Sizes,
         config: EngineConfig,
-        open_adapter: Callable[[Path], Compiled] = open_compiled,
+        open_adapter: OpenAdapter = open_compiled,
         clock: Callable[[], float] = time.time,
         slab: AdapterSlab | None = None,
         runner: Callable[..., Runner] = Runner,
@@ -285,7 +284,7 @@ def make_runner(
     )
 
 
-def make_slab(sizes: Sizes, spec: ModelSpec, open_adapter: Callable[[Path], Compiled]) -> AdapterSlab:
+def make_slab(sizes: Sizes, spec: ModelSpec, open_adapter: OpenAdapter) -> AdapterSlab:
     """The slab of these sizes; beside a GPU with a tier of pinned host memory behind it."""
     transfer = None
     if sizes.device != "cpu":

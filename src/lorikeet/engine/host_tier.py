@@ -7,7 +7,6 @@ the page cache, or waits for the disk, without the interpreter lock.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorikeet.adapters.compiled import Compiled, CompiledHeader
+from lorikeet.adapters.compiled import CompiledHeader, OpenAdapter
 from lorikeet.engine.copies import Copier
 from lorikeet.engine.residency import AdapterDrop, AdapterMove, Instruction, Residency
 from lorikeet.errors import AdapterError
@@ -25,7 +24,7 @@ from lorikeet.types import AdapterCopy, AdapterInfo
 class HostTier:
     """Adapters in `memory` (uint8 on the host), out of which `copier` copies. Used by one thread at a time."""
 
-    def __init__(self, memory: Tensor, open_adapter: Callable[[Path], Compiled], copier: Copier) -> None:
+    def __init__(self, memory: Tensor, open_adapter: OpenAdapter, copier: Copier) -> None:
         self._memory, self._bytes = memory, memory.numpy()
         self._open, self._copier = open_adapter, copier
         self._policy = Residency(len(memory), copy_bytes=max(len(memory), 1))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lorikeet.adapters.compiled import Compiled, CompiledEntry, CompiledHeader, open_compiled
+from lorikeet.adapters.compiled import CompiledEntry, CompiledHeader, OpenAdapter, open_compiled
 from lorikeet.engine.residency import AdapterMove, Instruction
 from lorikeet.engine.transfer import Transfer
 from lorikeet.errors import AdapterError, AdapterLostError, LorikeetError
@@ -33,7 +34,7 @@ class AdapterSlab:
         nbytes: int,
         spec: ModelSpec,
         dtype: torch.dtype,
-        open_adapter: Callable[[Path], Compiled] = open_compiled,
+        open_adapter: OpenAdapter = open_compiled,
         device: torch.device | str = "cpu",
         transfer: Transfer | None = None,
     ) -> None:
@@ -74,12 +75,14 @@ class AdapterSlab:
         for instruction in instructions:
             if isinstance(instruction, AdapterCopy):
                 digest = instruction.digest
+                since = self._late.setdefault(digest, time.monotonic())  # it is not told to come later for ever
+                wait = late is None or time.monotonic() - since >= LATEST
                 try:
-                    since = self._late.setdefault(digest, time.monotonic())  # the disk is not waited for for ever
-                    if not self._copy(instruction, wait=late is None or time.monotonic() - since >= LATEST):
-                        assert late is not None
-                        late.add(digest)
-                        continue
+                    self._copy(instruction, wait)
+                except BlockingIOError:
+                    assert late is not None
+                    late.add(digest)
+                    continue
                 except (LorikeetError, OSError, IndexError, ValueError, RuntimeError) as error:  # also a damaged header
                     said = f"the compiled adapter {digest[:12]} cannot be read: {error}"
                     failed[digest] = AdapterLostError(said, hint="try again", param="adapter").info()
@@ -95,25 +98,24 @@ class AdapterSlab:
                     self._transfer.forget(instruction.handle)
         return failed
 
-    def _copy(self, copy: AdapterCopy, wait: bool) -> bool:
-        """Bring bytes of an adapter in, and once all are there, the adapter. False: the disk has yet to bring them."""
+    def _copy(self, copy: AdapterCopy, wait: bool) -> None:
+        """Bring bytes of an adapter in, and once all are there, the adapter. BlockingIOError: the disk has yet to bring
+        them, and that is not waited for."""
         target = self._bytes[copy.offset : copy.offset + copy.nbytes]
         if self._transfer is None:
-            adapter = self._open(Path(copy.path))
+            adapter = self._open(Path(copy.path), wait=wait)
             header = adapter.header
             self._check(copy, header)
-            if not adapter.read(copy.start, target.numpy()[copy.start : copy.start + copy.count], wait):
-                return False
+            adapter.read(copy.start, target.numpy()[copy.start : copy.start + copy.count], wait)
         else:
             if not wait and not self._transfer.ready(copy):
-                return False
+                raise BlockingIOError(errno.EAGAIN, "on its way from disk", copy.path)
             header, source = self._transfer.take(copy)
             self._check(copy, header)
             self._transfer.start(copy, header, source, target)
         if copy.start + copy.count == copy.nbytes:
             self._install(copy, header.entries)
             self._install_overrides(copy, header)
-        return True
 
     def _check(self, copy: AdapterCopy, header: CompiledHeader) -> None:
         if (header.digest, header.nbytes, header.dtype) != (copy.digest, copy.nbytes, self.dtype):
